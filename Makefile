@@ -1,0 +1,59 @@
+# Everything a developer types. ARGS goes to the program that is run: make test ARGS="-k merge"
+
+BIN := .venv/bin
+ASAN := LD_PRELOAD=$$(gcc -print-file-name=libasan.so) \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc
+TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test bench lint format sdist debug asan tsan coverage clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z ]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+
+setup build: ## Install what is missing, make .venv, build the extension (the others do this first)
+	@tools/setup
+
+demo: setup ## Run the main job on a real ext4 image
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: setup ## Run the tests; ARGS="--seed N" repeats a run, ARGS="-k WORD" picks tests
+	@$(BIN)/pytest $(ARGS)
+
+bench: setup ## Run the benchmarks, each beside its baseline
+	@$(BIN)/pytest benchmarks $(ARGS)
+
+lint: ## Check style, types and the stub of the extension
+	@tools/setup dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PATH='$(CURDIR)/$(BIN)':$$PATH cython-lint cow
+	$(BIN)/mypy
+	$(BIN)/stubtest cow._core
+
+format: ## Lay out the Python files as lint wants them
+	@tools/setup dev
+	$(BIN)/ruff format
+
+sdist: setup ## Make the source distribution in dist/
+	@$(BIN)/python setup.py -q sdist
+
+debug: ## Test a build with assertions, where every warning is an error
+	@COW_BUILD=$@ tools/setup
+	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(BIN)/pytest $(ARGS)
+
+asan: ## Test a build with the address and undefined-behaviour sanitizers
+	@COW_BUILD=$@ tools/setup
+	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(ASAN) $(BIN)/pytest $(ARGS)
+
+tsan: ## Test a build with the thread sanitizer
+	@COW_BUILD=$@ tools/setup
+	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(TSAN) $(BIN)/pytest $(ARGS)
+
+coverage: ## Report the lines that no test runs, the extension's too (any Python but 3.12)
+	@COW_BUILD=$@ tools/setup dev
+	@COW_BUILD=$@ $(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage report
+
+clean: ## Remove what was built, .venv too
+	rm -rf .venv build dist *.egg-info cow/_core.c cow/core/_core.c cow/*.so .coverage

@@ -1,0 +1,123 @@
+# The bottom: mmap'd files. `emit` functions are all that ever happens to a run of image bytes.
+#
+# An emit function gets a run inside an image, or NULL for a run of zeros that no image holds (a zero
+# target, the part of a growing image that no file backs yet), and counts it into bio.done.
+
+cdef int emit_read(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    cdef int rc
+    if image == NULL:
+        rc = port_zero(b.data + b.done, length)
+    else:
+        rc = port_copy(b.data + b.done, image.base + offset, length)
+    b.done += length
+    return rc
+
+
+cdef int emit_write(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    cdef int rc = 0
+    if image != NULL:
+        rc = image_write(image, b.data + b.done if b.data != NULL else NULL, offset, length)
+        if rc:
+            return rc
+    b.done += length
+    return rc
+
+
+cdef int emit_nothing(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    b.done += length
+    return 0
+
+
+cdef int emit_discard(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    """Free the space below a run; it reads as zeros afterwards, as on a loop device."""
+    b.done += length
+    if image == NULL:
+        return 0
+    if not image.writable:
+        return -EPERM
+    if fallocate(image.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                 <int64_t>offset, <int64_t>length) == 0:
+        image.sparse = True
+        return 0
+    if errno != EOPNOTSUPP:
+        return -errno
+    return image_write(image, NULL, offset, length)
+
+
+cdef int emit_flush(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    """The one seam to durability: the run is on the disk when this returns 0."""
+    cdef uint64_t first = offset & ~<uint64_t>(PAGE - 1)
+    b.done += length
+    if image == NULL or not image.writable:
+        return 0
+    if offset == 0 and length == image.size:
+        return -errno if fdatasync(image.fd) else 0
+    return -errno if msync(image.base + first, offset + length - first, MS_SYNC) else 0
+
+
+cdef int emit_reserve(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    """Take the disk space of a run now, as ENOSPC and not as SIGBUS later, and map its pages."""
+    cdef uint64_t first = offset & ~<uint64_t>(PAGE - 1)
+    b.done += length
+    if image == NULL:
+        return 0
+    if image.sparse and fallocate(image.fd, 0, <int64_t>offset, <int64_t>length):
+        if errno != EOPNOTSUPP:
+            return -errno
+    if madvise(image.base + first, offset + length - first, MADV_POPULATE_WRITE):
+        if errno == ENOMEM or errno == EFAULT:
+            return -ENOSPC
+    return 0
+
+
+cdef int image_map(device *image, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
+    cdef uint64_t backed
+    cdef int rc
+    if offset + length <= image.file_size:
+        return b.emit(b, image, offset, length)
+    if b.op in (WRITE, RESERVE):
+        rc = image_grow(image, offset + length)
+        return rc if rc else b.emit(b, image, offset, length)
+    backed = image.file_size - offset if offset < image.file_size else 0
+    if backed:
+        rc = b.emit(b, image, offset, backed)
+        if rc:
+            return rc
+    return b.emit(b, NULL, 0, length - backed)
+
+
+cdef int image_grow(device *image, uint64_t file_size) noexcept nogil:
+    """Make a growing image's file reach `file_size`, which is at most its device size."""
+    cdef int rc = 0
+    if not image.writable:
+        return -EPERM
+    pthread_mutex_lock(&image.grow_mutex)
+    if image.file_size < file_size:
+        file_size = min(image.size, (file_size + PAGE - 1) & ~<uint64_t>(PAGE - 1))
+        if ftruncate(image.fd, <int64_t>file_size):
+            rc = -errno
+        else:
+            port_store64(&image.file_size, file_size)
+    pthread_mutex_unlock(&image.grow_mutex)
+    return rc
+
+
+cdef int image_write(device *image, uint8_t *data, uint64_t offset, uint64_t length) noexcept nogil:
+    """Copy `data` (NULL: zeros) into an image.
+
+    A fault is EIO, unless the file system was full below a hole: then the space is asked for by
+    name, and the answer is ENOSPC or a second try.
+    """
+    cdef int rc, attempt
+    if not image.writable:
+        return -EPERM
+    for attempt in range(2):
+        if data != NULL:
+            rc = port_copy(image.base + offset, data, length)
+        else:
+            rc = port_zero(image.base + offset, length)
+        if rc == 0 or attempt or lseek(image.fd, 0, 2) < <int64_t>(offset + length):
+            break
+        if fallocate(image.fd, 0, <int64_t>offset, <int64_t>length):
+            return -ENOSPC if errno == ENOSPC else rc
+    return rc

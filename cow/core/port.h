@@ -1,0 +1,251 @@
+/* What Cython cannot say: guarded memory access, atomics, the reader-writer lock.
+ *
+ * Guarded access. An image is mmap'd; a file cut short by somebody else, a full disk under a
+ * sparse file and a disk error all arrive as SIGBUS. port_copy and port_zero turn that into
+ * -EIO for the one call: a thread about to touch image memory points `port_guard` at a jump
+ * buffer, and the handler jumps back to it. Nothing else in the package touches image memory.
+ */
+#ifndef COW_PORT_H
+#define COW_PORT_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+#include <sys/mman.h>
+
+static __thread sigjmp_buf *volatile port_guard __attribute__((tls_model("initial-exec")));
+static struct sigaction port_next_sigbus;
+
+static void port_on_sigbus(int signo, siginfo_t *info, void *context)
+{
+	(void)context;
+	if (port_guard)
+		siglongjmp(*port_guard, 1);
+	/* Not ours: put back the handler that was there before and let the access fault again. */
+	sigaction(signo, &port_next_sigbus, NULL);
+	if (info->si_code <= 0)
+		raise(signo);
+}
+
+/* Called for every image opened, because others (faulthandler) install theirs at any time. */
+static int port_install_sigbus(void)
+{
+	struct sigaction now, ours;
+	if (sigaction(SIGBUS, NULL, &now))
+		return -errno;
+	if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == port_on_sigbus)
+		return 0;
+	memset(&ours, 0, sizeof ours);
+	ours.sa_sigaction = port_on_sigbus;
+	ours.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+	sigemptyset(&ours.sa_mask);
+	port_next_sigbus = now;
+	return sigaction(SIGBUS, &ours, NULL) ? -errno : 0;
+}
+
+static __attribute__((noinline)) int port_copy(void *target, const void *source, size_t size)
+{
+	sigjmp_buf here, *outer = port_guard;
+	if (sigsetjmp(here, 0)) {
+		port_guard = outer;
+		return -EIO;
+	}
+	port_guard = &here;
+	__asm__ volatile("" ::: "memory");
+	memcpy(target, source, size);
+	__asm__ volatile("" ::: "memory");
+	port_guard = outer;
+	return 0;
+}
+
+static __attribute__((noinline)) int port_zero(void *target, size_t size)
+{
+	sigjmp_buf here, *outer = port_guard;
+	if (sigsetjmp(here, 0)) {
+		port_guard = outer;
+		return -EIO;
+	}
+	port_guard = &here;
+	__asm__ volatile("" ::: "memory");
+	memset(target, 0, size);
+	__asm__ volatile("" ::: "memory");
+	port_guard = outer;
+	return 0;
+}
+
+static inline void port_prefetch(const void *address)
+{
+	__builtin_prefetch(address, 0, 2);
+}
+
+/* Atomics: entries of an exception table are read by holders of the shared lock while the
+ * holder of the prepare mutex reserves others; counters are printed without a lock. */
+static inline uint64_t port_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void port_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline uint32_t port_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void port_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void port_add64(uint64_t *p, uint64_t n) { __atomic_fetch_add(p, n, __ATOMIC_ACQ_REL); }
+
+/* On disk everything is little-endian; memory is on every machine this builds for. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the COW store is little-endian");
+
+/* A reader-writer lock for data that is read by everybody all the time and written seldom.
+ * Each reader counts itself in one of several slots, each on a cache line of its own, so readers
+ * on different cores do not meet. A writer raises the flag and waits until every slot is empty;
+ * readers that see the flag step back and wait. Writers go first. Not recursive. */
+#define PORT_SLOTS 16
+
+struct port_slot {
+	uint32_t readers;
+	char pad[60];
+};
+
+typedef struct port_rwlock {
+	struct port_slot slot[PORT_SLOTS];
+	uint32_t writing;
+	pthread_mutex_t turn;    /* held by the writer, from lock to unlock */
+	pthread_mutex_t mutex;   /* for the two conditions */
+	pthread_cond_t drained;  /* a reader left while a writer waits */
+	pthread_cond_t released; /* the writer left */
+} port_rwlock;
+
+static uint32_t port_next_slot;
+static __thread uint32_t port_my_slot __attribute__((tls_model("initial-exec")));
+
+static inline uint32_t port_slot_index(void)
+{
+	if (!port_my_slot)
+		port_my_slot = 1 + __atomic_fetch_add(&port_next_slot, 1, __ATOMIC_RELAXED) % PORT_SLOTS;
+	return port_my_slot - 1;
+}
+
+static void port_rwlock_init(port_rwlock *l)
+{
+	memset(l, 0, sizeof *l);
+	pthread_mutex_init(&l->turn, NULL);
+	pthread_mutex_init(&l->mutex, NULL);
+	pthread_cond_init(&l->drained, NULL);
+	pthread_cond_init(&l->released, NULL);
+}
+
+static void port_rwlock_destroy(port_rwlock *l)
+{
+	pthread_cond_destroy(&l->released);
+	pthread_cond_destroy(&l->drained);
+	pthread_mutex_destroy(&l->mutex);
+	pthread_mutex_destroy(&l->turn);
+}
+
+static inline void port_read_unlock(port_rwlock *l)
+{
+	__atomic_fetch_sub(&l->slot[port_slot_index()].readers, 1, __ATOMIC_SEQ_CST);
+	if (__builtin_expect(__atomic_load_n(&l->writing, __ATOMIC_SEQ_CST), 0)) {
+		pthread_mutex_lock(&l->mutex);
+		pthread_cond_signal(&l->drained);
+		pthread_mutex_unlock(&l->mutex);
+	}
+}
+
+static inline void port_read_lock(port_rwlock *l)
+{
+	for (;;) {
+		__atomic_fetch_add(&l->slot[port_slot_index()].readers, 1, __ATOMIC_SEQ_CST);
+		if (__builtin_expect(!__atomic_load_n(&l->writing, __ATOMIC_SEQ_CST), 1))
+			return;
+		port_read_unlock(l);
+		pthread_mutex_lock(&l->mutex);
+		while (__atomic_load_n(&l->writing, __ATOMIC_SEQ_CST))
+			pthread_cond_wait(&l->released, &l->mutex);
+		pthread_mutex_unlock(&l->mutex);
+	}
+}
+
+static inline uint32_t port_readers(const port_rwlock *l)
+{
+	uint32_t sum = 0;
+	for (int i = 0; i < PORT_SLOTS; i++)
+		sum += __atomic_load_n(&l->slot[i].readers, __ATOMIC_SEQ_CST);
+	return sum;
+}
+
+static void port_write_lock(port_rwlock *l)
+{
+	pthread_mutex_lock(&l->turn);
+	pthread_mutex_lock(&l->mutex);
+	__atomic_store_n(&l->writing, 1, __ATOMIC_SEQ_CST);
+	while (port_readers(l))
+		pthread_cond_wait(&l->drained, &l->mutex);
+	pthread_mutex_unlock(&l->mutex);
+}
+
+static void port_write_unlock(port_rwlock *l)
+{
+	pthread_mutex_lock(&l->mutex);
+	__atomic_store_n(&l->writing, 0, __ATOMIC_SEQ_CST);
+	pthread_cond_broadcast(&l->released);
+	pthread_mutex_unlock(&l->mutex);
+	pthread_mutex_unlock(&l->turn);
+}
+
+/* A counter others wait on: device events, the mapper's changes, merge steps. */
+typedef struct port_event {
+	uint64_t count;
+	pthread_mutex_t mutex;
+	pthread_cond_t changed;
+} port_event;
+
+static void port_event_init(port_event *e)
+{
+	pthread_condattr_t attr;
+	e->count = 0;
+	pthread_mutex_init(&e->mutex, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&e->changed, &attr);
+	pthread_condattr_destroy(&attr);
+}
+
+static void port_event_destroy(port_event *e)
+{
+	pthread_cond_destroy(&e->changed);
+	pthread_mutex_destroy(&e->mutex);
+}
+
+static uint64_t port_event_count(port_event *e)
+{
+	return __atomic_load_n(&e->count, __ATOMIC_ACQUIRE);
+}
+
+static void port_event_raise(port_event *e)
+{
+	pthread_mutex_lock(&e->mutex);
+	__atomic_fetch_add(&e->count, 1, __ATOMIC_ACQ_REL);
+	pthread_cond_broadcast(&e->changed);
+	pthread_mutex_unlock(&e->mutex);
+}
+
+/* Wait until the count differs from `seen` or `milliseconds` have passed; return the count. */
+static uint64_t port_event_wait(port_event *e, uint64_t seen, long milliseconds)
+{
+	struct timespec until;
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += milliseconds / 1000;
+	until.tv_nsec += milliseconds % 1000 * 1000000L;
+	if (until.tv_nsec >= 1000000000L) {
+		until.tv_nsec -= 1000000000L;
+		until.tv_sec++;
+	}
+	pthread_mutex_lock(&e->mutex);
+	while (e->count == seen)
+		if (pthread_cond_timedwait(&e->changed, &e->mutex, &until) == ETIMEDOUT)
+			break;
+	seen = e->count;
+	pthread_mutex_unlock(&e->mutex);
+	return seen;
+}
+
+#endif

@@ -1,0 +1,152 @@
+"""Images: the files that stand where the kernel has block devices. Open, lock, grow.
+
+An image is locked as a whole with flock(2) while it is open: exclusively for writing, shared for
+reading. So a base image may be read by many processes at once, and written by one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+from cow import _core
+from cow.errors import ImageError, ImageLocked, ImageNotFound, InvalidArgument
+from cow.units import SECTOR_SIZE, bytes_of, is_power_of_2, sectors
+
+
+class Image(_core.FileDevice):
+    """A file, mmap'd as a whole, that tables can name by its path.
+
+    `size` in bytes makes the device larger than the file, which then grows on demand; both are
+    rounded down to whole sectors. `logical_block_size` (bytes, a power of two from 512 on) is what
+    tables and chunk sizes have to be aligned to.
+    """
+
+    def __init__(
+        self,
+        gate: _core.Gate,
+        path: str,
+        *,
+        size: int | None = None,
+        readonly: bool = False,
+        logical_block_size: int = SECTOR_SIZE,
+    ) -> None:
+        if logical_block_size < SECTOR_SIZE or not is_power_of_2(logical_block_size):
+            raise InvalidArgument(
+                f"{path}: logical block size {logical_block_size} is not a power of 2 from 512 on"
+            )
+        self.path = path
+        self.logical_block_size = logical_block_size
+        self.major_minor = (7, 0)
+        self.holders: list[object] = []
+        self.kept = False
+        self._files: list[int] = []
+        self._grow_to = size
+        try:
+            self._attach(readonly)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, readonly: bool) -> None:
+        file = _open(self.path, readonly)
+        self._files.append(file)
+        if len(self._files) == 1:
+            _lock(file, self.path, readonly)
+        else:
+            _relock(self._files[0], self.path)
+        status = os.fstat(file)
+        file_size = os.lseek(file, 0, os.SEEK_END)
+        size = bytes_of(sectors(file_size))
+        growing = self._grow_to is not None and self._grow_to > file_size
+        if growing:
+            if readonly or not stat.S_ISREG(status.st_mode):
+                raise InvalidArgument(f"{self.path}: only a writable regular file can grow")
+            assert self._grow_to is not None
+            size = bytes_of(sectors(self._grow_to))
+        if size == 0:
+            raise ImageError(f"{self.path}: smaller than one sector")
+        sparse = growing or (
+            stat.S_ISREG(status.st_mode) and status.st_blocks * SECTOR_SIZE < file_size
+        )
+        self.attach(file, size, min(size, file_size), not readonly, sparse)
+
+    def make_writable(self) -> None:
+        """Open the file for writing too. The gate is held exclusively."""
+        if not self.writable:
+            self._attach(readonly=False)
+
+    def is_file(self, path: str) -> bool:
+        """Whether `path` leads to the file that is open here."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._files[0]))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Unmap and unlock. Views that are still out keep their memory until they go."""
+        self.detach()
+        while self._files:
+            os.close(self._files.pop())
+
+    def __del__(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __repr__(self) -> str:
+        return f"<Image {self.path} {self.sectors} sectors>"
+
+
+def _open(path: str, readonly: bool) -> int:
+    try:
+        file = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ImageNotFound(f"{path}: no such device or file") from error
+    except OSError as error:
+        code = errno.ENOTBLK if error.errno == errno.EISDIR else error.errno
+        raise ImageError(f"{path}: cannot open: {error.strerror}", code) from error
+    mode = os.fstat(file).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(file)
+        raise ImageError(f"{path}: neither a file nor a block device", errno.ENOTBLK)
+    return file
+
+
+def _lock(file: int, path: str, readonly: bool) -> None:
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = _holder(file)
+        by = f"process {pid}" if pid else "another process"
+        if pid == os.getpid():
+            by = f"another mapper of this process ({pid})"
+        raise ImageLocked(f"{path}: in use by {by}", pid) from error
+
+
+def _relock(file: int, path: str) -> None:
+    """Turn the shared lock into an exclusive one, or keep the shared one."""
+    try:
+        _lock(file, path, readonly=False)
+    except ImageLocked:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        raise
+
+
+def _holder(file: int) -> int | None:
+    """Return the process that holds a lock on the file, as /proc/locks tells (proc(5))."""
+    status = os.fstat(file)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        with open("/proc/locks", encoding="ascii") as locks:
+            for line in locks:
+                fields = line.split()
+                if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == device:
+                    return int(fields[4])
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,527 @@
+"""The mapper: the set of devices, what /dev/mapper/control is to the kernel.
+
+Each verb does what the dmsetup command of its name does, with the kernel's rules (dm-ioctl.c).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from cow import _core
+from cow.device import Device, DeviceInfo, close_devices
+from cow.errors import (
+    DeviceBusy,
+    DeviceNotFound,
+    InvalidArgument,
+    TableError,
+    TableFormatError,
+    TargetError,
+)
+from cow.image import Image
+from cow.table import ConciseDevice, Table, format_concise, parse_concise, quote_arg
+from cow.target import NameOf, all_targets
+
+MAJOR = 254
+MAX_NAME = 127
+MAX_UUID = 128
+DIRECTORY = "/dev/mapper/"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _locked(
+    method: Callable[Concatenate[Mapper, P], R],
+) -> Callable[Concatenate[Mapper, P], R]:
+    """Run a verb with the mapper's lock held: one at a time, as ioctls of one control device."""
+
+    @functools.wraps(method)
+    def verb(self: Mapper, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            if self._closed:
+                raise DeviceNotFound("the mapper is closed")
+            return method(self, *args, **kwargs)
+
+    return verb
+
+
+class Mapper:
+    """A set of devices that lives in this process.
+
+    `durability` says what an acknowledged write, and every snapshot, survives: "power" a power cut
+    (copies and exceptions are flushed in the kernel's order), "process" the death of the process
+    (they are stored in that order, and the page cache keeps them).
+    """
+
+    def __init__(self, *, durability: str = "power") -> None:
+        if durability not in ("power", "process"):
+            raise InvalidArgument(f"durability {durability!r} is neither 'power' nor 'process'")
+        self.durability = durability
+        self._gate = _core.Gate(durability == "power")
+        self._lock = threading.RLock()
+        self._closed = False
+        self._devices: dict[str, Device] = {}
+        self._images: list[Image] = []
+        self._finalizer = weakref.finalize(self, _shut_down, self._devices, self._images)
+
+    # Life and death.
+
+    def close(self) -> None:
+        """Stop merges, remove every device and close every image. Nothing needs to be flushed first."""
+        with self._lock:
+            self._closed = True
+            self._finalizer()
+
+    def __enter__(self) -> Mapper:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # Devices.
+
+    @_locked
+    def create(
+        self,
+        name: str,
+        table: str | None = None,
+        *,
+        uuid: str | None = None,
+        readonly: bool = False,
+        minor: int | None = None,
+    ) -> Device:
+        """Make a device, load its table and resume it; with no table (None) only make it.
+
+        If the table is refused the device is gone again.
+        """
+        _check_name(name)
+        _check_uuid(uuid)
+        if name in self._devices:
+            raise DeviceBusy(f"{name}: a device of that name exists")
+        if uuid and any(device.uuid == uuid for device in self._devices.values()):
+            raise DeviceBusy(f"{name}: a device with uuid {uuid} exists")
+        taken = {device.minor for device in self._devices.values()}
+        if minor is None:
+            minor = next(n for n in range(len(taken) + 1) if n not in taken)
+        elif minor in taken:
+            raise DeviceBusy(f"{name}: minor {minor} is taken")
+        device = Device(self._gate, name, uuid or "", (MAJOR, minor))
+        device.last_close = functools.partial(_remove_weakly, weakref.ref(self))
+        self._devices[name] = device
+        if table is not None:
+            try:
+                self._load(device, table, readonly)
+                device.resume()
+            except BaseException:
+                self._remove(device)
+                raise
+        return device
+
+    @_locked
+    def create_concise(self, text: str) -> list[Device]:
+        """Make the devices of a --concise text, in order; those before one that fails stay."""
+        return [
+            self.create(
+                entry.name,
+                entry.table,
+                uuid=entry.uuid or None,
+                readonly=bool(entry.readonly),
+                minor=entry.minor,
+            )
+            for entry in parse_concise(text)
+        ]
+
+    @_locked
+    def load(self, name: str, table: str, *, readonly: bool | None = None) -> None:
+        """Load a table into the inactive slot, in place of one that is there."""
+        device = self._device(name)
+        if readonly is None:
+            readonly = device.live is not None and device.readonly
+        self._load(device, table, readonly)
+
+    reload = load
+
+    @_locked
+    def clear(self, name: str) -> None:
+        """Drop the inactive table."""
+        self._device(name).clear()
+
+    @_locked
+    def suspend(self, name: str, *, noflush: bool = False, nolockfs: bool = False) -> None:
+        """Let I/O under way finish and make new I/O wait.
+
+        There is no file system to freeze and no queue to flush here, so both options change nothing.
+        """
+        self._device(name).suspend()
+
+    @_locked
+    def resume(self, name: str) -> None:
+        """Make the inactive table live, if there is one, and let I/O go on."""
+        self._device(name).resume()
+
+    @_locked
+    def remove(self, name: str, *, force: bool = False, deferred: bool = False) -> None:
+        """Remove a device that nobody has open; EBUSY otherwise.
+
+        `force` puts an error target in place of its table first, so that I/O fails; `deferred`
+        removes it at the last close.
+        """
+        device = self._device(name)
+        if force and device.live is not None:
+            self._load(device, f"0 {device.sectors} error", readonly=device.readonly)
+            device.resume()
+        if device.open_count:
+            if deferred:
+                device.deferred_remove = True
+                return
+            raise DeviceBusy(f"{name}: in use, open count {device.open_count}: {_users(device)}")
+        self._remove(device)
+
+    @_locked
+    def remove_all(self, *, force: bool = False) -> None:
+        """Remove every device, those in use by others after those; EBUSY if some stay open."""
+        while self._devices:
+            free = [device for device in self._devices.values() if not device.open_count]
+            if not free:
+                busy = ", ".join(sorted(self._devices))
+                raise DeviceBusy(f"in use: {busy}")
+            for device in free:
+                self.remove(device.name, force=force)
+
+    @_locked
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a device another name. Its event counter goes up by one."""
+        device = self._device(name)
+        _check_name(new_name)
+        if new_name in self._devices:
+            raise DeviceBusy(f"{new_name}: a device of that name exists")
+        del self._devices[device.name]
+        device.name = new_name
+        self._devices[new_name] = device
+        device.raise_event()
+
+    @_locked
+    def set_uuid(self, name: str, uuid: str) -> None:
+        """Give a device without uuid one. Its event counter goes up by one."""
+        device = self._device(name)
+        _check_uuid(uuid)
+        if device.uuid:
+            raise InvalidArgument(f"{name}: has the uuid {device.uuid} already")
+        if any(other.uuid == uuid for other in self._devices.values()):
+            raise DeviceBusy(f"{name}: a device with uuid {uuid} exists")
+        device.uuid = uuid
+        device.raise_event()
+
+    @_locked
+    def message(self, name: str, sector: int, text: str) -> str:
+        """Send a message to the target at a sector and return its answer."""
+        device = self._device(name)
+        args = text.split()
+        if not args:
+            raise InvalidArgument(f"{name}: empty message")
+        if args[0].startswith("@"):
+            if args == ["@cancel_deferred_remove"]:
+                device.deferred_remove = False
+                return ""
+            raise InvalidArgument(f"{name}: unsupported core message {text!r}")
+        if device.live is None:
+            raise DeviceNotFound(f"{name}: no live table")
+        try:
+            return device.live.target_at(sector).message(args)
+        except TargetError as error:
+            raise InvalidArgument(f"{name}: {error.strerror}", error.errno) from error
+
+    # Looking.
+
+    @_locked
+    def table(
+        self,
+        name: str | None = None,
+        *,
+        inactive: bool = False,
+        target: str | None = None,
+        concise: bool = False,
+        numbers: bool = False,
+    ) -> str:
+        """Return the table lines of a device, or of all, each behind "NAME: ".
+
+        `target` picks lines of one type, `concise` gives one line of --concise text, and `numbers`
+        names devices MAJOR:MINOR as the kernel does.
+        """
+        name_of = _number_of if numbers else _name_of
+        if concise:
+            return self._concise(name, name_of)
+        return self._lines(name, inactive, lambda table: table.lines(name_of, target), target)
+
+    @_locked
+    def status(
+        self,
+        name: str | None = None,
+        *,
+        inactive: bool = False,
+        target: str | None = None,
+        numbers: bool = False,
+    ) -> str:
+        """Return the status lines of a device, or of all, each behind "NAME: "."""
+        name_of = _number_of if numbers else _name_of
+        return self._lines(name, inactive, lambda table: table.status_lines(name_of, target), target)
+
+    @_locked
+    def info(self, name: str) -> DeviceInfo:
+        """Return what `dmsetup info` tells of a device."""
+        return self._device(name).info()
+
+    @_locked
+    def deps(self, name: str) -> list[str]:
+        """Return what the live table of a device has open, the last opened first."""
+        device = self._device(name)
+        return [_name_of(below) for below in reversed(device.live.devices if device.live else [])]
+
+    @_locked
+    def names(self) -> list[str]:
+        """Return the names of all devices in the kernel's order (strcmp)."""
+        return sorted(self._devices, key=str.encode)
+
+    ls = names
+
+    @_locked
+    def events(self, name: str) -> int:
+        """Return the event counter of a device."""
+        return self._device(name).event_nr
+
+    def wait(self, name: str, event_nr: int = 0, timeout: float | None = None) -> int:
+        """Wait until the event counter of a device differs from `event_nr`; return it.
+
+        TimeoutError after `timeout` seconds; ENXIO if the device goes away.
+        """
+        device = self.device(name)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = 0.1 if deadline is None else min(0.1, deadline - time.monotonic())
+            now = device.wait_event(event_nr, max(0, int(left * 1000)))
+            if now != event_nr:
+                return now
+            if device.removed:
+                raise DeviceNotFound(f"{name}: the device was removed")
+            if left <= 0:
+                raise TimeoutError(f"{name}: no event after {event_nr} in {timeout} s")
+
+    @_locked
+    def device(self, name: str) -> Device:
+        """Return a device by name, /dev/mapper/NAME or MAJOR:MINOR, for I/O. Not an open: it can be removed."""
+        return self._device(name)
+
+    @staticmethod
+    def targets() -> list[tuple[str, tuple[int, int, int]]]:
+        """Return the types of targets and their versions."""
+        return [(target.name, target.version) for target in all_targets()]
+
+    @_locked
+    def image(
+        self,
+        path: str,
+        *,
+        size: int | None = None,
+        readonly: bool = False,
+        logical_block_size: int = 512,
+    ) -> Image:
+        """Open an image ahead of the tables that name it, and keep it open until the mapper closes.
+
+        `size` in bytes larger than the file's: the device has that size and the file grows on demand.
+        """
+        image = self._find_image(str(path))
+        if image is not None:
+            raise DeviceBusy(f"{path}: the image is open already")
+        image = self._open_image(
+            str(path), size=size, readonly=readonly, logical_block_size=logical_block_size
+        )
+        image.kept = True
+        return image
+
+    # Inside.
+
+    def _device(self, name: str) -> Device:
+        device = self._find_device(name)
+        if device is None:
+            raise DeviceNotFound(f"{name}: no such device")
+        return device
+
+    def _find_device(self, name: str) -> Device | None:
+        numbers = re.fullmatch(r"([0-9]+):([0-9]+)", name)
+        if numbers and int(numbers[1]) == MAJOR:
+            minor = int(numbers[2])
+            return next((d for d in self._devices.values() if d.minor == minor), None)
+        if name.startswith(DIRECTORY):
+            return self._devices.get(name[len(DIRECTORY) :])
+        return self._devices.get(name)
+
+    def _load(self, device: Device, text: str, readonly: bool) -> None:
+        context = _Context(self, device, readonly)
+        try:
+            table = Table(text, context)
+        except TableError as error:
+            _close(context.opened)
+            kind = TableFormatError if isinstance(error, TableFormatError) else TableError
+            raise kind(error.text, error.errno, device=device.name, line=error.line) from error
+        except BaseException:
+            _close(context.opened)
+            raise
+        for below in context.opened:
+            below.holders.append(table)
+        table.devices = context.opened
+        try:
+            device.load(table)
+        except TableError as error:
+            table.release()
+            close_devices(table)
+            raise TableError(error.text, error.errno, device=device.name, line=error.line) from error
+
+    def _remove(self, device: Device) -> None:
+        del self._devices[device.name]
+        device.remove()
+
+    def _find_image(self, path: str) -> Image | None:
+        self._images[:] = [image for image in self._images if not image.removed]
+        for image in self._images:
+            if image.is_file(path):
+                return image
+        return None
+
+    def _open_image(self, path: str, **options: Any) -> Image:  # noqa: ANN401
+        image = Image(self._gate, path, **options)
+        taken = {other.major_minor[1] for other in self._images}
+        image.major_minor = (7, next(n for n in range(len(taken) + 1) if n not in taken))
+        self._images.append(image)
+        return image
+
+    def _get_image(self, path: str, *, writable: bool) -> Image:
+        image = self._find_image(path)
+        if image is None:
+            return self._open_image(path, readonly=not writable)
+        if writable and not image.writable:
+            with self._gate:
+                image.make_writable()
+        return image
+
+    def _lines(
+        self,
+        name: str | None,
+        inactive: bool,
+        lines_of: Callable[[Table], list[str]],
+        target: str | None,
+    ) -> str:
+        lines = []
+        for each in self.names() if name is None else [name]:
+            device = self._device(each)
+            table = device.inactive if inactive else device.live
+            found = lines_of(table) if table else [""] if target is None else []
+            lines += [f"{device.name}: {line}" for line in found] if name is None else found
+        return "\n".join(lines)
+
+    def _concise(self, name: str | None, name_of: NameOf) -> str:
+        entries = []
+        for each in self.names() if name is None else [name]:
+            device = self._device(each)
+            lines = device.live.lines(name_of) if device.live else [""]
+            entries.append(
+                ConciseDevice(
+                    device.name, device.uuid, device.minor, device.readonly, "\n".join(lines)
+                )
+            )
+        return format_concise(entries)
+
+
+class _Context:
+    """What the targets of one table ask of the mapper."""
+
+    def __init__(self, mapper: Mapper, device: Device, readonly: bool) -> None:
+        self._mapper = mapper
+        self._device = device
+        self.readonly = readonly
+        self.opened: list[_core.BlockDevice] = []
+
+    def get_device(self, name: str, *, writable: bool) -> _core.BlockDevice:
+        """Open a device by dm name, /dev/mapper/NAME, MAJOR:MINOR or path."""
+        found: Any = self._mapper._find_device(name)  # noqa: SLF001
+        if found is None:
+            if re.fullmatch(r"[0-9]+:[0-9]+", name):
+                raise DeviceNotFound(f"{name}: no such device")
+            found = self._mapper._get_image(name, writable=writable)  # noqa: SLF001
+        elif found is self._device or found.uses(self._device):
+            raise InvalidArgument(f"{name}: the device would stand on itself")
+        if found not in self.opened:
+            self.opened.append(found)
+        return found
+
+
+def _close(devices: list[_core.BlockDevice]) -> None:
+    """Close images that were opened for a table that was refused."""
+    for device in devices:
+        if isinstance(device, Image) and not device.holders and not device.kept:
+            with device.gate:
+                device.close()
+
+
+def _shut_down(devices: dict[str, Device], images: list[Image]) -> None:
+    """Remove everything, upper devices first, whoever has them open."""
+    while devices:
+        free = [d for d in devices.values() if not d.holders] or list(devices.values())
+        for device in free:
+            del devices[device.name]
+            device.last_close = None
+            device.remove()
+    for image in images:
+        if not image.removed:
+            with image.gate:
+                image.close()
+    images.clear()
+
+
+def _remove_weakly(mapper: weakref.ref[Mapper], device: Device) -> None:
+    """Do a deferred removal, if the mapper is still there."""
+    alive = mapper()
+    if alive is not None:
+        with alive._lock:  # noqa: SLF001
+            if alive._devices.get(device.name) is device:  # noqa: SLF001
+                alive._remove(device)  # noqa: SLF001
+
+
+def _users(device: Device) -> str:
+    names = [str(table.targets[0].device) for table in device.holders]
+    if device.files:
+        names.append(f"{device.files} open files")
+    return ", ".join(names)
+
+
+def _name_of(device: Any) -> str:  # noqa: ANN401
+    return quote_arg(str(device))
+
+
+def _number_of(device: Any) -> str:  # noqa: ANN401
+    return "{}:{}".format(*device.major_minor)
+
+
+def _check_name(name: str) -> None:
+    if not name:
+        raise InvalidArgument("Non empty new name is required.")
+    if "/" in name:
+        raise InvalidArgument(f'Name "{name}" invalid. It contains "/".')
+    if len(name.encode()) > MAX_NAME:
+        raise InvalidArgument(f'Name "{name}" too long: at most {MAX_NAME} bytes.')
+    if name in ("control", ".", ".."):
+        raise InvalidArgument(f'Name "{name}" is reserved.')
+
+
+def _check_uuid(uuid: str | None) -> None:
+    if uuid is None:
+        return
+    if len(uuid.encode()) > MAX_UUID:
+        raise InvalidArgument(f'UUID "{uuid}" too long: at most {MAX_UUID} bytes.')
+    if "/" in uuid:
+        raise InvalidArgument(f'UUID "{uuid}" invalid. It contains "/".')

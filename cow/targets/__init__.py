@@ -1,0 +1,1 @@
+"""The targets: a module each, named as the type with "-" written "_"."""
