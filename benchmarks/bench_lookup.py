@@ -35,7 +35,7 @@ def test_lookup(race, tmp_images, scale, spread):
     found = np.zeros(count, np.uint64)
     with cow.Mapper(durability="process") as dm:
         snap = take_snapshot(dm, tmp_images, old_chunks, chunks, CHUNK_SIZE)
-        target = snap.live.targets[0]
+        target = snap.live.targets[0].map
         race(
             f"exception lookup, one in {spread} chunks",
             lambda: target.lookup_many(asked),

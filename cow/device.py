@@ -123,9 +123,10 @@ class Device(_core.MappedDevice):
         """Put a table in the inactive slot. The first one is checked against its devices at once."""
         if not self._limits_set:
             self._check(table)
-            self._limits_set = True
         for target in table.targets:
             target.device = self
+        table.read_metadata()
+        self._limits_set = True
         old, self.inactive = self.inactive, table
         self._destroy(old)
 

@@ -30,7 +30,12 @@ class TableError(CowOSError):
     """A table was refused. `device` is the dm name, `line` counts from 1 (None: the whole table)."""
 
     def __init__(
-        self, text: str, code: int | None = None, *, device: str | None = None, line: int | None = None
+        self,
+        text: str,
+        code: int | None = None,
+        *,
+        device: str | None = None,
+        line: int | None = None,
     ) -> None:
         where = [device] if device is not None else []
         if line is not None:
@@ -61,7 +66,7 @@ class DeviceBusy(CowOSError):
     code = errno.EBUSY
 
 
-class InvalidArgument(CowOSError):
+class InvalidArgument(CowOSError, ValueError):
     """A name, uuid, offset or option is outside what is allowed."""
 
 

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from cow.errors import StoreError
+from cow.errors import ImageNotFound, StoreError
 from cow.units import MAX_CHUNK_SIZE, SECTOR_SIZE, is_power_of_2
 
 if TYPE_CHECKING:
@@ -241,6 +241,8 @@ class _File:
         self._path = path
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise ImageNotFound(f"{path}: no such file") from error
         except OSError as error:
             raise StoreError(f"{path}: cannot open: {error.strerror}", error.errno) from error
         self.size = os.lseek(self._file, 0, os.SEEK_END)

@@ -104,6 +104,16 @@ class Table:
             raise TableError(error.strerror or "", error.errno, line=line.number) from error
         self.targets.append(target)
 
+    def read_metadata(self) -> None:
+        """Let the targets read what they keep on their devices: the table is accepted so far."""
+        for line, target in zip(self._lines, self.targets, strict=True):
+            try:
+                target.read_metadata()
+            except TargetError as error:
+                raise TableError(
+                    f"{line.type}: {error.strerror}", error.errno, line=line.number
+                ) from error
+
     @property
     def sectors(self) -> int:
         """The length of the device: where the last target ends."""
@@ -128,8 +138,8 @@ class Table:
             remaining = block - rest if rest else 0
             if misfit or (remaining and line is self._lines[-1]):
                 raise TableError(
-                    f"start sector {line.start}, length {line.length}: not aligned to h/w logical "
-                    f"block size {block * SECTOR_SIZE}",
+                    f"(start sect {line.start} len {line.length}) not aligned to h/w logical block "
+                    f"size {block * SECTOR_SIZE}",
                     line=line.number,
                 )
 

@@ -51,6 +51,12 @@ class Target:
     ) -> None:
         raise NotImplementedError
 
+    def read_metadata(self) -> None:
+        """Read, or make, what the target keeps on its devices; TargetError if it is no good.
+
+        Called once, when every line of the table has been accepted: a refused table changes nothing.
+        """
+
     def table_args(self, name_of: NameOf) -> str:
         """Return the arguments as a table line prints them."""
         raise NotImplementedError

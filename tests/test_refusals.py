@@ -27,7 +27,7 @@ class Scene:
         self.paths = {
             "b": image(folder / "b.img", stamp(0, 2048, 1)),
             "c": image(folder / "c.img", 2048),
-            "big": image(folder / "big.img", stamp(0, 4096, 2)),
+            "big": image(folder / "big.img", stamp(1, 4096, 2)),
             "tiny": image(folder / "tiny.img", 8),
             "none": str(folder / "nosuch.img"),
         }
@@ -93,6 +93,8 @@ TABLES = [
     ("0 8 fifteenletters1", EINVAL, "fifteenletters1: unknown target type"),
 ]
 
+UNALIGNED_LINE = "not aligned to h/w logical block size 4096"
+
 LIMITS = [
     ("0 2049 linear {b} 0", EINVAL, "too small for target: start=0, len=2049, dev_size=2048"),
     ("0 8 linear {b} 2041", EINVAL, "too small for target: start=2041, len=8, dev_size=2048"),
@@ -103,16 +105,8 @@ LIMITS = [
     ("0 128 striped 2 8 {b} 0 {b} 2000", EINVAL, "too small for target: start=2000, len=64"),
     ("0 9 linear {big} 0", EINVAL, "len=9 not aligned to h/w logical block size 4096 of"),
     ("0 8 linear {big} 1", EINVAL, "start=1 not aligned to h/w logical block size 4096 of"),
-    (
-        "0 9 linear {b} 0\n9 8 linear {big} 0",
-        EINVAL,
-        "table line 1 (start sect 9 len 8) not aligned to h/w logical block size 4096",
-    ),
-    (
-        "0 9 zero\n9 8 linear {big} 0",
-        EINVAL,
-        "table line 1 (start sect 9 len 8) not aligned to h/w logical block size 4096",
-    ),
+    ("0 9 linear {b} 0\n9 8 linear {big} 0", EINVAL, UNALIGNED_LINE),
+    ("0 9 zero\n9 8 linear {big} 0", EINVAL, UNALIGNED_LINE),
 ]
 
 
@@ -155,7 +149,7 @@ def test_a_table_of_no_lines_is_not_loaded(scene, table):
     ],
 )
 def test_a_line_out_of_form_is_refused_with_its_number(scene, table, line):
-    check_table(scene, table, EINVAL, f"Invalid format on line {line} of table")
+    check_table(scene, table, EINVAL, f"table line {line}: Invalid format")
 
 
 def test_a_line_out_of_form_is_a_value_error(dm):
@@ -270,7 +264,6 @@ def test_a_target_is_refused(scene, words, code, text):
 def test_a_target_refused_on_a_later_line_undoes_the_lines_before(scene, words, code, text):
     table = f"0 64 linear {{b}} 0\n64 64 {words}"
     check_table(scene, table, code, text)
-    Path(scene.paths["b"]).unlink()
 
 
 def test_a_device_is_not_its_own_target(scene):

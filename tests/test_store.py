@@ -127,7 +127,7 @@ DAMAGED = {
     "a_new_chunk_far_past_the_end": [(1, 1 << 60)],
     "an_old_chunk_twice": [(4, 2), (5, 3), (4, 4)],
     "a_new_chunk_twice": [(4, 2), (5, 2)],
-    "a_new_chunk_on_the_header_area": [(4, 1)],
+    "a_new_chunk_on_the_first_area": [(4, 1)],
     "a_new_chunk_on_a_later_area": [(4, area_location(1, 1))],
 }
 
@@ -201,6 +201,13 @@ def test_new_chunks_follow_the_highest_of_the_store(dm, tmp_path):
     assert rig.usage() == "48/2048 16"
     rig.write("base", 0)
     assert rig.records() == [(10, 5), (3, 2), (0, 6)]
+
+
+def test_a_hole_below_the_highest_new_chunk_counts_as_used(dm, tmp_path):
+    rig = Rig(dm, tmp_path)
+    rig.cows["snap"] = put(tmp_path, store_bytes([(7, 250)]))
+    dm.create("snap", rig.line("snap"))
+    assert rig.usage() == "2008/2048 16"
 
 
 def test_a_new_chunk_after_the_highest_skips_an_area(dm, tmp_path):

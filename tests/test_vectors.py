@@ -467,7 +467,7 @@ def test_the_source_of_a_handover_is_invalid_and_empty(waiting):
 def test_the_destination_of_a_handover_keeps_what_the_origin_loses(waiting):
     waiting.dm.suspend("snap")
     waiting.dm.resume("next")
-    waiting.write("base", 0, 2048, tag=2)
+    waiting.write("base", 0, 1600, tag=2)
     assert waiting.read("next") == waiting.before
 
 

@@ -22,11 +22,16 @@ cdef int group_add(commit_group *g, family *f) noexcept nogil:
 
 
 cdef int group_commit(commit_group *g) noexcept nogil:
-    cdef int i, rc
+    cdef family *f
+    cdef int i, j, rc
+    g.sound = True
     for i in range(g.count):
-        rc = family_commit(g.families[i], g.sequence[i])
+        f = g.families[i]
+        rc = family_commit(f, g.sequence[i])
         if rc:
             return rc
+        for j in range(f.nr_snapshots):
+            g.sound = g.sound and port_load32(&f.snapshots[j].store.valid)
     g.count = 0
     return 0
 

@@ -68,16 +68,16 @@ cdef int merge_runs(snapshot *s) noexcept nogil:
     cdef family *f = s.family
     cdef record *w = s.window
     cdef commit_group group
-    cdef uint64_t end = st.committed, first, start, i, most
+    cdef uint64_t end = st.committed, first, start, reached, offset, i, most
     cdef uint64_t low = <uint64_t>-1, high = 0
-    cdef int rc = 0
+    cdef int rc = 0, committed, failed
     # 1. Which runs, and the siblings' copies, run by run in the order of merging.
     group.count = 0
     most = max(<uint64_t>1, <uint64_t>MERGE_STEP >> st.chunk_shift)
     first = end
     while first > s.window_first and end - first < most:
         start = merge_run_start(s, first)
-        if first != end and end - start > most:
+        if end - start > most and first != end:
             break
         if start < s.broken_from:
             rc = family_prepare(
@@ -86,32 +86,37 @@ cdef int merge_runs(snapshot *s) noexcept nogil:
             if rc:
                 break
             s.broken_from = start
-        first = max(start, end - most) if first == end else start
-    i = group_commit(&group)
-    if rc or i:
-        return rc if rc else <int>i
+        first = end - most if end - start > most else start      # a long run goes in pieces
+    committed = group_commit(&group)
+    if rc or committed:
+        return rc if rc else committed
     # 2. Writers on the way are through when the lock is had; later ones see the mark.
     merge_mark(s, first, end, True)
-    # 3.
-    rc = merge_copy(s, first, end, &low, &high)
-    if rc == 0:
-        rc = barrier(s.origin, low, high - low)
-    # 4.
-    if rc == 0:
-        rc = write_device(st.cow, NULL, record_offset(st, st.area, first), (end - first) * sizeof(record))
-    if rc == 0:
-        rc = barrier(st.cow, record_offset(st, st.area, first), (end - first) * sizeof(record))
+    # 3. and what was copied before an error is merged all the same.
+    reached = end
+    rc = merge_copy(s, first, &reached, &low, &high)
     if rc:
-        merge_mark(s, first, end, False)
+        merge_mark(s, first, reached, False)
+    if reached == end:
         return rc
+    failed = barrier(s.origin, low, high - low)
+    # 4.
+    offset = record_offset(st, st.area, reached)
+    if failed == 0:
+        failed = write_device(st.cow, NULL, offset, (end - reached) * sizeof(record))
+    if failed == 0:
+        failed = barrier(st.cow, offset, (end - reached) * sizeof(record))
+    if failed:
+        merge_mark(s, reached, end, False)
+        return failed
     # 5.
     port_write_lock(&f.map)
-    for i in range(first - s.window_first, end - s.window_first):
+    for i in range(reached - s.window_first, end - s.window_first):
         exception_set(&st.exceptions, w[i].old_chunk, 0)
     port_write_unlock(&f.map)
-    port_store64(&st.committed, first)
-    port_store64(&st.next_free, area_location(st, st.area) + first + 1)
-    return 0
+    port_store64(&st.committed, reached)
+    port_store64(&st.next_free, area_location(st, st.area) + reached + 1)
+    return rc
 
 
 cdef void merge_mark(snapshot *s, uint64_t first, uint64_t end, bint on) noexcept nogil:
@@ -124,24 +129,27 @@ cdef void merge_mark(snapshot *s, uint64_t first, uint64_t end, bint on) noexcep
     port_write_unlock(&s.family.map)
 
 
-cdef int merge_copy(snapshot *s, uint64_t first, uint64_t end, uint64_t *low, uint64_t *high) noexcept nogil:
-    """Copy the runs of records [first, end) into the origin, the last run first.
+cdef int merge_copy(
+    snapshot *s, uint64_t first, uint64_t *reached, uint64_t *low, uint64_t *high
+) noexcept nogil:
+    """Copy the runs of records [first, reached) into the origin, the last run first.
 
-    `low` and `high` get the range of the origin that was written, clipped at its end.
+    `reached` goes down as they are copied; `low` and `high` get the range of the origin that was
+    written, clipped at its end.
     """
     cdef store *st = s.store
     cdef record *r
     cdef uint64_t start, offset, length
     cdef int rc
-    while end > first:
-        start = max(first, merge_run_start(s, end))
+    while reached[0] > first:
+        start = max(first, merge_run_start(s, reached[0]))
         r = &s.window[start - s.window_first]
         offset = r.old_chunk << st.chunk_shift
-        length = min((end - start) << st.chunk_shift, s.origin.size - offset)
+        length = min((reached[0] - start) << st.chunk_shift, s.origin.size - offset)
         rc = copy_device(st.cow, r.new_chunk << st.chunk_shift, s.origin, offset, length)
         if rc:
             return rc
         low[0] = min(low[0], offset)
         high[0] = max(high[0], offset + length)
-        end = start
+        reached[0] = start
     return 0

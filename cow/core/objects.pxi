@@ -217,6 +217,8 @@ cdef class BlockDevice:
 
     cdef uint64_t clip(self, int64_t offset, uint64_t length) except? <uint64_t>-1:
         """Return how much of a read lies inside the device."""
+        if self.d.removed:
+            raise DeviceNotFound(f"{self}: the device was removed")
         if offset < 0:
             raise InvalidArgument(f"{self}: offset {offset} is negative")
         if <uint64_t>offset >= self.d.size:
@@ -415,9 +417,10 @@ cdef class BlockDevice:
     def extents(self, int64_t offset=0, length=None):
         """Tell where the bytes of a range come from, without reading them.
 
-        Return an array with the fields offset, length (bytes) and source: ORIGIN (what lies below,
+        Return an array with the fields offset and length (bytes), source: ORIGIN (what lies below,
         no snapshot or not copied yet), COW (the store of the uppermost snapshot) or ZERO (a zero
-        target, or a hole in an image). Neighbours of the same source are one extent.
+        target), and zero: true where nothing but zeros can be read, a hole in an image included.
+        Neighbours that are alike are one extent.
         """
         import numpy
 
@@ -432,7 +435,12 @@ cdef class BlockDevice:
         o.length = size
         o.emit = emit_extent
         o.context = &found
-        dtype = [("offset", "<u8"), ("length", "<u8"), ("source", "<u8")]
+        dtype = numpy.dtype({
+            "names": ["offset", "length", "source", "zero"],
+            "formats": ["<u8", "<u8", "u1", "?"],
+            "offsets": [0, 8, 16, 17],
+            "itemsize": sizeof(extent),
+        })
         try:
             if size:
                 self.perform_extents(&o, &found)
@@ -487,7 +495,9 @@ cdef class BlockDevice:
 cdef struct extent:
     uint64_t offset
     uint64_t length
-    uint64_t source
+    uint8_t source
+    uint8_t zero
+    uint8_t pad[6]
 
 cdef struct extents:
     extent *items
@@ -523,7 +533,7 @@ cdef int emit_extent(bio *b, device *image, uint64_t offset, uint64_t length) no
     cdef uint64_t n
     cdef int rc = 0
     if image == NULL or not image.sparse:
-        rc = extents_append(b, length, FROM_ZERO if image == NULL else source)
+        rc = extents_append(b, length, FROM_ZERO if image == NULL else source, image == NULL)
         b.done += length
         return rc
     while length and rc == 0:
@@ -534,25 +544,25 @@ cdef int emit_extent(bio *b, device *image, uint64_t offset, uint64_t length) no
             data = <int64_t>offset
         if <uint64_t>data > offset:
             n = min(length, <uint64_t>data - offset)
-            rc = extents_append(b, n, FROM_ZERO)
+            rc = extents_append(b, n, source, True)
         else:
             hole = lseek(image.fd, <int64_t>offset, SEEK_HOLE)
             n = min(length, <uint64_t>hole - offset) if hole > <int64_t>offset else length
-            rc = extents_append(b, n, source)
+            rc = extents_append(b, n, source, False)
         b.done += n
         offset += n
         length -= n
     return rc
 
 
-cdef int extents_append(bio *b, uint64_t length, int source) noexcept nogil:
+cdef int extents_append(bio *b, uint64_t length, int source, bint zero) noexcept nogil:
     cdef extents *e = <extents *>b.context
     cdef uint64_t capacity
     cdef void *items
     cdef extent *last
     if e.count:
         last = &e.items[e.count - 1]
-        if last.source == <uint64_t>source and last.offset + last.length == e.start + b.done:
+        if last.source == source and last.zero == zero:
             last.length += length
             return 0
     if e.count == e.capacity:
@@ -565,7 +575,8 @@ cdef int extents_append(bio *b, uint64_t length, int source) noexcept nogil:
     last = &e.items[e.count]
     last.offset = e.start + b.done
     last.length = length
-    last.source = <uint64_t>source
+    last.source = <uint8_t>source
+    last.zero = zero
     e.count += 1
     return 0
 
@@ -822,7 +833,7 @@ cdef class Striped(TargetMap):
     def __init__(self, start, length, uint64_t chunk_size, legs):
         cdef BlockDevice dev
         cdef int i
-        self.devices = tuple(dev for dev, _ in legs)
+        self.devices = tuple([leg[0] for leg in legs])
         self.t.map = striped_map
         self.t.chunk_size = chunk_size * SECTOR
         self.t.nr_stripes = len(legs)

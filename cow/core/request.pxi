@@ -107,7 +107,7 @@ cdef int request_prepare(device *d, uint8_t *data, uint64_t offset, uint64_t len
         prefix = done[0] + b.done
         rc = request_write(d, data, offset, prefix, done) if done[0] < prefix else 0
         return rc if rc else snapshot_full(b.snapshot)
-    if rc == 0 and b.placed == length - done[0]:
+    if rc == 0 and group.sound and b.placed == length - done[0]:
         done[0] = length
     return 0 if rc == BIO_MORE else rc
 
@@ -260,7 +260,7 @@ cdef int request_write_many(
                 break
         i = done[0]
         while i < last and rc == 0:
-            if placed == NULL or not placed[i - done[0]]:
+            if placed == NULL or not group.sound or not placed[i - done[0]]:
                 block_done = 0
                 rc = request_write(d, data + i * size, offsets[i], size, &block_done)
             if rc == 0:

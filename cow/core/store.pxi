@@ -224,7 +224,7 @@ cdef int store_reserve(store *st, uint64_t first, uint64_t *count) noexcept nogi
     if rc == 0:
         st.reserved = ahead
         st.reserve_step = min(2 * st.reserve_step, <uint64_t>RESERVE_MOST)
-    return rc
+    return rc if rc == -ENOSPC or rc == BIO_SUSPENDED else 0    # others show in the copy itself
 
 
 cdef int store_take(store *st, uint64_t old_chunk, uint64_t first, uint64_t count) noexcept nogil:

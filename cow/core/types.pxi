@@ -152,6 +152,7 @@ cdef struct bio:
 # The families a request has prepared chunks in, each with the sequence number to commit.
 cdef struct commit_group:
     int count
+    bint sound                      # committed, and no snapshot of these families is invalid
     family *families[MAX_GROUP]
     uint64_t sequence[MAX_GROUP]
 

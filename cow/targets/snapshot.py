@@ -54,13 +54,12 @@ class SnapshotTarget(Target):
         self.origin = open_device(
             context, args[0], "Cannot get origin device", writable=self.merging
         )
-        self.cow = open_device(
-            context, args[1], "Cannot get COW device", writable=not context.readonly
-        )
+        # Written even where the table is read-only: copies for origin writes, a fresh header.
+        self.cow = open_device(context, args[1], "Cannot get COW device", writable=True)
         if self.cow is self.origin:
             raise TargetError("COW device cannot be the same as origin device")
         persistent, overflow = _parse_store(args[2])
-        chunk_size = _parse_chunk_size(args[3], self.cow, self.origin)
+        self._chunk_size = _parse_chunk_size(args[3], self.cow, self.origin)
         self.supports_discard = "discard_zeroes_cow" in self.features
         self.length = length
         self.map = _core.Snapshot(
@@ -73,12 +72,15 @@ class SnapshotTarget(Target):
             discard_passdown_origin="discard_passdown_origin" in self.features,
         )
         self.family = self.origin.family
+        self._end = start + length
         self._members = self.family.members
+
+    def read_metadata(self) -> None:
         if not self._waits_for_handover():
-            if self.merging and not persistent:
+            if self.merging and not self.map.store.persistent:
                 raise TargetError(NO_MERGE)
-            origin_size = max(self.origin.size, bytes_of(start + length))
-            _read_metadata(self.map.store, chunk_size, origin_size)
+            origin_size = max(self.origin.size, bytes_of(self._end))
+            _read_metadata(self.map.store, self._chunk_size, origin_size)
         self._members.append(self)
         _cow_users(self.cow).append(self)
 
@@ -133,13 +135,14 @@ class SnapshotTarget(Target):
         return self.device.suspended
 
     def release(self) -> None:
+        if self not in self._members:
+            return
         source, destination = self._handover()
-        if source is self and destination is not None and destination.map.store.chunk_size == 0:
+        if source is self and destination is not None:
             destination.map.store.valid = False
             log.error("%s: Cancelling snapshot handover.", self.cow)
-        if self in self._members:
-            self._members.remove(self)
-            _cow_users(self.cow).remove(self)
+        self._members.remove(self)
+        _cow_users(self.cow).remove(self)
         with self.origin.gate:
             self.map.deactivate()
 

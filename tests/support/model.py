@@ -354,9 +354,9 @@ class Persistent:
         magic, valid, version, chunk = struct.unpack("<IIII", self.cow.read(0, 16))
         if magic == 0:
             self.chunk = self.chunk or 32
-            self.write_header(1)
             self.buffer = bytearray(self.chunk * SECTOR)
             self.cow.write(self.area_at(0), bytes(self.buffer))
+            self.write_header(1)
             return {}
         if magic != 0x70416E53:
             raise failure(errno.ENXIO)
@@ -510,6 +510,8 @@ class Snapshot(Target):
             raise failure(errno.EINVAL, "Couldn't create exception store")
         if kind == "N":
             if self.kind == "snapshot-merge":
+                if any(other.cow is self.cow for other in self.model.snapshots):
+                    raise Nonsense("a merge that names another store type than its source")
                 raise failure(errno.EINVAL, "does not support snapshot-merge.")
             return Transient(self.cow, size)
         return Persistent(self.cow, size, option == "O")
