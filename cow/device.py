@@ -20,6 +20,7 @@ from cow.errors import (
     TableError,
     TargetError,
 )
+from cow.image import Image
 from cow.table import Table
 from cow.units import SECTOR_SIZE
 
@@ -49,7 +50,9 @@ class Device(_core.MappedDevice):
     last close a deferred removal is done, by calling `last_close`.
     """
 
-    def __init__(self, gate: _core.Gate, name: str, uuid: str, major_minor: tuple[int, int]) -> None:
+    def __init__(
+        self, gate: _core.Gate, name: str, uuid: str, major_minor: tuple[int, int]
+    ) -> None:
         self.name = name
         self.uuid = uuid
         self.major_minor = major_minor
@@ -78,7 +81,7 @@ class Device(_core.MappedDevice):
         return len(self.holders) + self.files
 
     @property
-    def logical_block_size(self) -> int:
+    def logical_block_size(self) -> int:  # type: ignore[override]
         """Bytes: the largest of the devices below."""
         return self.live.logical_block_size if self.live else SECTOR_SIZE
 
@@ -120,7 +123,7 @@ class Device(_core.MappedDevice):
     # The life cycle; the mapper's lock is held.
 
     def load(self, table: Table) -> None:
-        """Put a table in the inactive slot. The first one is checked against its devices at once."""
+        """Put a table in the inactive slot; the first one is checked against its devices at once."""
         if not self._limits_set:
             self._check(table)
         for target in table.targets:
@@ -207,16 +210,17 @@ class Device(_core.MappedDevice):
     # Locks: which families lie below, told to the core after every change of a live table.
 
     def relock(self) -> None:
-        """Work out the families below this device and whoever stands on it. Gate held exclusively."""
+        """Work out the families below this device and whoever stands on it. Exclusive gate held."""
         self.families, plain = _families_below(self.live)
         self.set_locks(self.families, plain)
         for table in self.holders:
             holder = table.targets[0].device
+            assert isinstance(holder, Device)
             if holder.live is table:
                 holder.relock()
 
     def _check(self, table: Table) -> None:
-        """Refuse a table that does not fit its devices, or under which a write would meet itself."""
+        """Refuse a table that does not fit its devices, or where a write would meet itself."""
         table.check_limits()
         seen: set[_core.Family] = set()
         todo = _families_below(table)[0]
@@ -282,7 +286,7 @@ def close_devices(table: Table) -> None:
         device.holders.remove(table)
         if isinstance(device, Device):
             device.closed()
-        elif not device.holders and not device.kept:
+        elif isinstance(device, Image) and not device.holders and not device.kept:
             with device.gate:
                 device.close()
 
@@ -352,4 +356,3 @@ class DeviceFile(io.RawIOBase):
             super().close()
             self.device.files -= 1
             self.device.closed()
-

@@ -27,7 +27,7 @@ class CowOSError(CowError, OSError):
 
 
 class TableError(CowOSError):
-    """A table was refused. `device` is the dm name, `line` counts from 1 (None: the whole table)."""
+    """A table was refused. `device` is the dm name, `line` counts from 1 (None: all of it)."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ def _locked(
     """Run a verb with the mapper's lock held: one at a time, as ioctls of one control device."""
 
     @functools.wraps(method)
-    def verb(self: Mapper, *args: P.args, **kwargs: P.kwargs) -> R:
+    def verb(self: Mapper, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
             if self._closed:
                 raise DeviceNotFound("the mapper is closed")
@@ -73,7 +73,7 @@ class Mapper:
     # Life and death.
 
     def close(self) -> None:
-        """Stop merges, remove every device and close every image. Nothing needs to be flushed first."""
+        """Stop merges, remove every device, close every image. Nothing needs to be flushed first."""
         with self._lock:
             self._closed = True
             self._finalizer()
@@ -156,7 +156,7 @@ class Mapper:
     def suspend(self, name: str, *, noflush: bool = False, nolockfs: bool = False) -> None:
         """Let I/O under way finish and make new I/O wait.
 
-        There is no file system to freeze and no queue to flush here, so both options change nothing.
+        There is no file system to freeze and no queue to flush here: both options change nothing.
         """
         self._device(name).suspend()
 
@@ -270,7 +270,9 @@ class Mapper:
     ) -> str:
         """Return the status lines of a device, or of all, each behind "NAME: "."""
         name_of = _number_of if numbers else _name_of
-        return self._lines(name, inactive, lambda table: table.status_lines(name_of, target), target)
+        return self._lines(
+            name, inactive, lambda table: table.status_lines(name_of, target), target
+        )
 
     @_locked
     def info(self, name: str) -> DeviceInfo:
@@ -314,7 +316,10 @@ class Mapper:
 
     @_locked
     def device(self, name: str) -> Device:
-        """Return a device by name, /dev/mapper/NAME or MAJOR:MINOR, for I/O. Not an open: it can be removed."""
+        """Return a device by name, /dev/mapper/NAME or MAJOR:MINOR, for I/O.
+
+        This is not an open: the device can be removed.
+        """
         return self._device(name)
 
     @staticmethod
@@ -333,7 +338,7 @@ class Mapper:
     ) -> Image:
         """Open an image ahead of the tables that name it, and keep it open until the mapper closes.
 
-        `size` in bytes larger than the file's: the device has that size and the file grows on demand.
+        `size` in bytes larger than the file's: the device has that size, the file grows on demand.
         """
         image = self._find_image(str(path))
         if image is not None:
@@ -380,7 +385,9 @@ class Mapper:
         except TableError as error:
             table.release()
             close_devices(table)
-            raise TableError(error.text, error.errno, device=device.name, line=error.line) from error
+            raise TableError(
+                error.text, error.errno, device=device.name, line=error.line
+            ) from error
 
     def _remove(self, device: Device) -> None:
         del self._devices[device.name]
@@ -448,11 +455,11 @@ class _Context:
 
     def get_device(self, name: str, *, writable: bool) -> _core.BlockDevice:
         """Open a device by dm name, /dev/mapper/NAME, MAJOR:MINOR or path."""
-        found: Any = self._mapper._find_device(name)  # noqa: SLF001
+        found: Device | Image | None = self._mapper._find_device(name)
         if found is None:
             if re.fullmatch(r"[0-9]+:[0-9]+", name):
                 raise DeviceNotFound(f"{name}: no such device")
-            found = self._mapper._get_image(name, writable=writable)  # noqa: SLF001
+            found = self._mapper._get_image(name, writable=writable)
         elif found is self._device or found.uses(self._device):
             raise InvalidArgument(f"{name}: the device would stand on itself")
         if found not in self.opened:
@@ -487,9 +494,9 @@ def _remove_weakly(mapper: weakref.ref[Mapper], device: Device) -> None:
     """Do a deferred removal, if the mapper is still there."""
     alive = mapper()
     if alive is not None:
-        with alive._lock:  # noqa: SLF001
-            if alive._devices.get(device.name) is device:  # noqa: SLF001
-                alive._remove(device)  # noqa: SLF001
+        with alive._lock:
+            if alive._devices.get(device.name) is device:
+                alive._remove(device)
 
 
 def _users(device: Device) -> str:

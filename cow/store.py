@@ -134,7 +134,7 @@ class Store:
         import numpy
 
         chunk_bytes = self.chunk_size * SECTOR_SIZE
-        areas = []
+        areas: list[numpy.ndarray[Any, Any]] = []
         with _File(self.path) as file:
             while True:
                 where = area_location(len(areas), self.chunk_size) * chunk_bytes

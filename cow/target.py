@@ -41,20 +41,17 @@ class Target:
     name: ClassVar[str]
     version: ClassVar[tuple[int, int, int]]
     plain: ClassVar[bool] = False
-    supports_discard: bool = True
     family: _core.Family | None = None
     map: _core.TargetMap
     device: _core.MappedDevice
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         raise NotImplementedError
 
     def read_metadata(self) -> None:
         """Read, or make, what the target keeps on its devices; TargetError if it is no good.
 
-        Called once, when every line of the table has been accepted: a refused table changes nothing.
+        Called once, when every line of the table is accepted: a refused table changes nothing.
         """
 
     def table_args(self, name_of: NameOf) -> str:
@@ -64,6 +61,11 @@ class Target:
     def status(self, name_of: NameOf) -> str:
         """Return what a status line prints after the type."""
         return ""
+
+    @property
+    def supports_discard(self) -> bool:
+        """Whether discards may pass."""
+        return True
 
     def areas(self) -> Iterator[tuple[_core.BlockDevice, int, int]]:
         """Yield the (device, start, length) in sectors that the target needs to exist."""
@@ -97,8 +99,10 @@ def find_target(name: str) -> type[Target]:
                 raise
         else:
             for target in vars(module).values():
-                if isinstance(target, type) and issubclass(target, Target) and (
-                    target.__dict__.get("name") == name
+                if (
+                    isinstance(target, type)
+                    and issubclass(target, Target)
+                    and (target.__dict__.get("name") == name)
                 ):
                     return target
     raise TargetError(f"{name}: unknown target type")
@@ -107,7 +111,9 @@ def find_target(name: str) -> type[Target]:
 def all_targets() -> list[type[Target]]:
     """Return every target there is, in the order of their names."""
     package = importlib.import_module("cow.targets")
-    names = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
+    names = sorted(
+        module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)
+    )
     return [find_target(name) for name in names]
 
 

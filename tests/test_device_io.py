@@ -1,4 +1,4 @@
-"""Reading and writing a device from Python: buffers, ends, batches, extents, views, file objects."""
+"""Reading and writing a device from Python: buffers, ends, batches, extents, views, files."""
 
 from __future__ import annotations
 
@@ -471,8 +471,8 @@ def test_write_many_to_a_full_store_fails(dm, tmp_path):
 
 def runs(extents) -> list[tuple[int, int, int]]:
     """Return the extents in sectors."""
-    assert extents.dtype.names == ("offset", "length", "source")
-    return [(int(o) // SECTOR, int(n) // SECTOR, int(s)) for o, n, s in extents.tolist()]
+    rows = zip(extents["offset"], extents["length"], extents["source"], strict=True)
+    return [(int(o) // SECTOR, int(n) // SECTOR, int(s)) for o, n, s in rows]
 
 
 def test_extents_tell_origin_from_store(rig):

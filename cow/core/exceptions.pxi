@@ -28,6 +28,9 @@ cdef int exception_table_init(exception_table *e, uint64_t nr_chunks) noexcept n
         e.directory = NULL
         return -ENOMEM
     e.leaves = <uint64_t *>p
+    if e.leaves_size > SMALL_LEAVES:
+        # Leaves fill up from the front, so large pages waste nothing once there are many.
+        madvise(<char *>p + SMALL_LEAVES, e.leaves_size - SMALL_LEAVES, MADV_HUGEPAGE)
     return 0
 
 

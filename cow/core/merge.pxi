@@ -24,8 +24,7 @@ cdef int merge_fill_window(snapshot *s) noexcept nogil:
         s.broken_from = st.committed
     first = st.committed - MERGE_WINDOW if st.committed > MERGE_WINDOW else 0
     s.window_end = 0
-    rc = read_device(st.cow, <uint8_t *>s.window, record_offset(st, st.area, first),
-                     (st.committed - first) * sizeof(record))
+    rc = read_records(st, s.window, st.area, first, st.committed - first)
     if rc:
         return rc
     s.window_area = st.area

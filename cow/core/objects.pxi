@@ -376,8 +376,9 @@ cdef class BlockDevice:
     def write_many(self, offsets, data):
         """Write data[i] at offsets[i] (bytes) for every i, in order, in one call.
 
-        `data` is uint8[n, size]. Nothing is written unless every block lies inside the device. All
-        copies that snapshots need are committed together, with one pair of barriers for the lot.
+        `data` is uint8[n, size]. Nothing is written unless every block lies inside the device; at an
+        error the blocks before it are written. All copies that snapshots need are committed
+        together, with one pair of barriers for the lot.
         """
         import numpy
 

@@ -1,7 +1,7 @@
 /* What Cython cannot say: guarded memory access, atomics, the reader-writer lock.
  *
  * Guarded access. An image is mmap'd; a file cut short by somebody else, a full disk under a
- * sparse file and a disk error all arrive as SIGBUS. port_copy and port_zero turn that into
+ * sparse file and a disk error all arrive as SIGBUS. port_copy and its like turn that into
  * -EIO for the one call: a thread about to touch image memory points `port_guard` at a jump
  * buffer, and the handler jumps back to it. Nothing else in the package touches image memory.
  */
@@ -16,6 +16,9 @@
 #include <string.h>
 #include <time.h>
 #include <sys/mman.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 static __thread sigjmp_buf *volatile port_guard __attribute__((tls_model("initial-exec")));
 static struct sigaction port_next_sigbus;
@@ -47,34 +50,65 @@ static int port_install_sigbus(void)
 	return sigaction(SIGBUS, &ours, NULL) ? -errno : 0;
 }
 
+/* Copy past the cache, for data that nobody reads soon: no line of the target is fetched first.
+ * The stores are weakly ordered; port_stream_end() puts them before whatever follows. */
+static inline void port_stream(char *target, const char *source, size_t size)
+{
+#ifdef __SSE2__
+	size_t head = -(uintptr_t)target & 15;
+	if (size >= 256) {
+		memcpy(target, source, head);
+		target += head;
+		source += head;
+		size -= head;
+		for (; size >= 64; target += 64, source += 64, size -= 64) {
+			__m128i a = _mm_loadu_si128((const __m128i *)source);
+			__m128i b = _mm_loadu_si128((const __m128i *)(source + 16));
+			__m128i c = _mm_loadu_si128((const __m128i *)(source + 32));
+			__m128i d = _mm_loadu_si128((const __m128i *)(source + 48));
+			_mm_stream_si128((__m128i *)target, a);
+			_mm_stream_si128((__m128i *)(target + 16), b);
+			_mm_stream_si128((__m128i *)(target + 32), c);
+			_mm_stream_si128((__m128i *)(target + 48), d);
+		}
+	}
+#endif
+	memcpy(target, source, size);
+}
+
+static inline void port_stream_end(void)
+{
+#ifdef __SSE2__
+	_mm_sfence();
+#endif
+}
+
+#define PORT_GUARDED(access)                                                   \
+	sigjmp_buf here, *outer = port_guard;                                  \
+	if (sigsetjmp(here, 0)) {                                              \
+		port_guard = outer;                                            \
+		return -EIO;                                                   \
+	}                                                                      \
+	port_guard = &here;                                                    \
+	__asm__ volatile("" ::: "memory");                                     \
+	access;                                                                \
+	__asm__ volatile("" ::: "memory");                                     \
+	port_guard = outer;                                                    \
+	return 0
+
 static __attribute__((noinline)) int port_copy(void *target, const void *source, size_t size)
 {
-	sigjmp_buf here, *outer = port_guard;
-	if (sigsetjmp(here, 0)) {
-		port_guard = outer;
-		return -EIO;
-	}
-	port_guard = &here;
-	__asm__ volatile("" ::: "memory");
-	memcpy(target, source, size);
-	__asm__ volatile("" ::: "memory");
-	port_guard = outer;
-	return 0;
+	PORT_GUARDED(memcpy(target, source, size));
+}
+
+static __attribute__((noinline)) int port_copy_stream(void *target, const void *source, size_t size)
+{
+	PORT_GUARDED(port_stream(target, source, size));
 }
 
 static __attribute__((noinline)) int port_zero(void *target, size_t size)
 {
-	sigjmp_buf here, *outer = port_guard;
-	if (sigsetjmp(here, 0)) {
-		port_guard = outer;
-		return -EIO;
-	}
-	port_guard = &here;
-	__asm__ volatile("" ::: "memory");
-	memset(target, 0, size);
-	__asm__ volatile("" ::: "memory");
-	port_guard = outer;
-	return 0;
+	PORT_GUARDED(memset(target, 0, size));
 }
 
 static inline void port_prefetch(const void *address)

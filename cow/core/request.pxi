@@ -71,12 +71,15 @@ cdef int request_read(device *d, uint8_t *data, uint64_t offset, uint64_t length
     return rc
 
 
-cdef int request_write(device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done) noexcept nogil:
+cdef int request_write(
+    device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done, bint stream=False
+) noexcept nogil:
     """Write `data` (NULL: zeros): in place, and where that would change a snapshot, prepare first."""
     cdef bio b
     cdef int rc
     while True:
         bio_init(&b, WRITE, emit_write, data + done[0] if data != NULL else NULL)
+        b.stream = stream
         rc = request(d, &b, offset + done[0], length - done[0])
         done[0] += b.done
         if rc == BIO_HELD:
@@ -118,13 +121,16 @@ cdef int wait_merge_step(bio *b) noexcept nogil:
     return -EIO if port_load32(&b.snapshot.merge_failed) else 0
 
 
-cdef int write_device(device *d, uint8_t *data, uint64_t offset, uint64_t length) noexcept nogil:
+cdef int write_device(
+    device *d, uint8_t *data, uint64_t offset, uint64_t length, bint stream=False
+) noexcept nogil:
     """Write to a device below, with no map lock held by the caller."""
     cdef bio b
     cdef uint64_t done = 0
     if not d.plain:
         return request_write(d, data, offset, length, &done)
     bio_init(&b, WRITE, emit_write, data)
+    b.stream = stream
     return device_map(d, &b, offset, length)
 
 
@@ -152,7 +158,7 @@ cdef struct copy_target:
 cdef int emit_copy(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
     cdef copy_target *to = <copy_target *>b.context
     cdef int rc = write_device(
-        to.dev, image.base + offset if image != NULL else NULL, to.offset + b.done, length)
+        to.dev, image.base + offset if image != NULL else NULL, to.offset + b.done, length, True)
     b.done += length
     return rc
 
@@ -174,7 +180,9 @@ cdef int copy_device(
         to.dev = into
         to.offset = into_offset
         b.context = &to
-        return device_map(source, &b, source_offset, length)
+        rc = device_map(source, &b, source_offset, length)
+        port_stream_end()
+        return rc
     bounce = <uint8_t *>malloc(min(length, <uint64_t>BOUNCE_SIZE))
     if bounce == NULL:
         return -ENOMEM
@@ -208,6 +216,7 @@ cdef int request_read_many(
     """Read `count` blocks of `size` bytes; `done` counts blocks."""
     cdef bio b, ahead
     cdef uint64_t i, last
+    cdef bint stream = count * size > STREAM_SIZE
     cdef int rc = 0
     bio_init(&ahead, READ, emit_prefetch, NULL)
     while done[0] < count and rc == 0:
@@ -217,10 +226,12 @@ cdef int request_read_many(
             if i + PREFETCH_AHEAD < last:
                 device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
             bio_init(&b, READ, emit_read, data + i * size)
+            b.stream = stream
             rc = device_map(d, &b, offsets[i], size)
             if rc:
                 break
             done[0] += 1
+        port_stream_end()
         unlock_maps(d)
     return rc
 
@@ -233,11 +244,13 @@ cdef int request_write_many(
     All blocks of a slice are prepared first and committed together, so one pair of barriers serves
     them all; then each is written in place, in order, so that the last write to a byte wins.
     """
-    cdef bio b
+    cdef bio b, ahead
     cdef commit_group group
     cdef uint64_t i, last, block_done
     cdef uint8_t *placed = NULL
+    cdef bint stream = count * size > STREAM_SIZE
     cdef int rc = 0, prepared = 0, committed
+    bio_init(&ahead, READ, emit_prefetch, NULL)
     if d.nr_locks:
         placed = <uint8_t *>malloc(BATCH_PREPARE)
         if placed == NULL:
@@ -247,6 +260,8 @@ cdef int request_write_many(
         if placed != NULL:
             group.count = 0
             for i in range(done[0], last):
+                if i + PREFETCH_AHEAD < last:
+                    device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
                 bio_init(&b, PREPARE, emit_nothing, data + i * size)
                 b.group = &group
                 prepared = device_map(d, &b, offsets[i], size)
@@ -262,9 +277,10 @@ cdef int request_write_many(
         while i < last and rc == 0:
             if placed == NULL or not group.sound or not placed[i - done[0]]:
                 block_done = 0
-                rc = request_write(d, data + i * size, offsets[i], size, &block_done)
+                rc = request_write(d, data + i * size, offsets[i], size, &block_done, stream)
             if rc == 0:
                 i += 1
+        port_stream_end()
         done[0] = i
         if rc == 0 and prepared:
             prepared = 0

@@ -61,6 +61,13 @@ cdef int store_format(store *st) noexcept nogil:
     return rc if rc else store_write_header(st, 1)
 
 
+cdef int read_records(store *st, record *window, uint64_t area, uint64_t first, uint64_t n) noexcept nogil:
+    """Read records of an area from the device, page tables spared."""
+    cdef bio b
+    bio_init(&b, READ, emit_pread, <uint8_t *>window)
+    return request(st.cow, &b, record_offset(st, area, first), n * sizeof(record))
+
+
 cdef struct load_fault:
     int kind                        # one of FAULT_
     uint64_t area
@@ -101,7 +108,7 @@ cdef int store_load(store *st, load_fault *fault) noexcept nogil:
         first = 0
         while first < per_area and rc == 0 and not ended:
             n = min(per_area - first, <uint64_t>LOAD_WINDOW)
-            rc = read_device(st.cow, <uint8_t *>window, record_offset(st, area, first), n * sizeof(record))
+            rc = read_records(st, window, area, first, n)
             if rc:
                 break
             for i in range(n):
@@ -166,7 +173,7 @@ cdef int store_check_tail(store *st, record *window, uint64_t area, uint64_t ind
     st.tail_dirty = False
     while index < st.exceptions_per_area:
         n = min(st.exceptions_per_area - index, <uint64_t>LOAD_WINDOW)
-        rc = read_device(st.cow, <uint8_t *>window, record_offset(st, area, index), n * sizeof(record))
+        rc = read_records(st, window, area, index, n)
         if rc:
             return rc
         for i in range(n):

@@ -11,7 +11,9 @@ from libc.string cimport memcpy, memset, memmove
 cdef extern from "port.h" nogil:
     int port_install_sigbus()
     int port_copy(void *target, const void *source, size_t size)
+    int port_copy_stream(void *target, const void *source, size_t size)
     int port_zero(void *target, size_t size)
+    void port_stream_end()
     void port_prefetch(const void *address)
     uint64_t port_load64(const uint64_t *p)
     void port_store64(uint64_t *p, uint64_t v)
@@ -59,8 +61,10 @@ cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
     int ftruncate(int fd, int64_t length)
     int64_t lseek(int fd, int64_t offset, int whence)
+    int64_t pread(int fd, void *data, size_t size, int64_t offset)
 
 cdef enum:
+    MADV_HUGEPAGE = 14
     MADV_POPULATE_WRITE = 23        # Linux 5.14; EINVAL on older kernels
     FALLOC_FL_KEEP_SIZE = 1
     FALLOC_FL_PUNCH_HOLE = 2
@@ -97,6 +101,7 @@ cdef enum:
 cdef enum:
     LEAF_SHIFT = 6                  # 64 entries a leaf
     LEAF_MASK = 63
+    SMALL_LEAVES = 1 << 22          # bytes of leaves kept in small pages
 cdef extern from *:
     """
     #define ENTRY_PENDING (1ull << 63)   /* reserved and copied, not yet committed: not followed */
@@ -115,6 +120,7 @@ cdef enum:
     MERGE_STEP = 1 << 22            # bytes merged between two barriers
     MERGE_WINDOW = 1 << 16          # records of an area held while merging
     LOAD_WINDOW = 1 << 12           # records read at once when a store is opened
+    STREAM_SIZE = 1 << 22           # batches of more bytes are copied past the cache
     BATCH_LOCK = 1 << 9             # requests of read_many under one taking of the locks
     BATCH_PREPARE = 1 << 14         # requests of write_many prepared and committed together
     PREFETCH_AHEAD = 3
@@ -139,6 +145,7 @@ cdef struct gate:
 cdef struct bio:
     int op
     int source                      # EXTENTS: FROM_ORIGIN or FROM_COW, by the uppermost snapshot
+    bint stream                     # copy past the cache; whoever sets it ends the stream
     bint place                      # PREPARE: new data may go into fresh chunks at once
     uint8_t *data                   # the caller's memory; NULL in a WRITE: zeros
     uint64_t done                   # bytes passed so far

@@ -18,10 +18,9 @@ class DelayTarget(Target):
 
     name = "delay"
     version = (1, 4, 0)
+    map: _Delay
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) not in (3, 6, 9):
             raise TargetError("Requires exactly 3, 6 or 9 arguments")
         self.args = args

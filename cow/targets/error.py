@@ -13,9 +13,7 @@ class ErrorTarget(Target):
     version = (1, 7, 0)
     plain = True
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         self.map = _core.Error(start, length)
 
     def table_args(self, name_of: NameOf) -> str:

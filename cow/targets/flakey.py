@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from cow import _core
 from cow.errors import TargetError
@@ -20,9 +21,7 @@ class FlakeyTarget(Target):
     name = "flakey"
     version = (1, 5, 0)
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) < 4:
             raise TargetError("Invalid argument count")
         self.dev_start = parse_number(args[1], "Invalid device sector")
@@ -56,7 +55,7 @@ class FlakeyTarget(Target):
         return self.dev.supports_discard
 
 
-def _parse_features(args: list[str]) -> dict[str, list]:
+def _parse_features(args: list[str]) -> dict[str, list[Any]]:
     """Parse the feature group into {feature: [argument, …]}."""
     if not args:
         return {}
@@ -64,10 +63,10 @@ def _parse_features(args: list[str]) -> dict[str, list]:
     if count > len(args) - 1:
         raise TargetError("Invalid number of feature args")
     words = args[1 : count + 1]
-    features: dict[str, list] = {}
+    features: dict[str, list[Any]] = {}
     while words:
         name = words.pop(0).lower()
-        values: list = []
+        values: list[Any] = []
         if name in features:
             raise TargetError(f"Feature {name} duplicated")
         if name == "corrupt_bio_byte":

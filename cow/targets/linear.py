@@ -16,9 +16,7 @@ class LinearTarget(Target):
     version = (1, 4, 0)
     plain = True
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) != 2:
             raise TargetError("Invalid argument count")
         self.dev_start = parse_number(args[1], "Invalid device sector")

@@ -38,9 +38,7 @@ class SnapshotTarget(Target):
     merging: ClassVar[bool] = False
     map: _core.Snapshot
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) < 4:
             raise TargetError("requires 4 or more arguments")
         self.features = parse_features(
@@ -60,7 +58,6 @@ class SnapshotTarget(Target):
             raise TargetError("COW device cannot be the same as origin device")
         persistent, overflow = _parse_store(args[2])
         self._chunk_size = _parse_chunk_size(args[3], self.cow, self.origin)
-        self.supports_discard = "discard_zeroes_cow" in self.features
         self.length = length
         self.map = _core.Snapshot(
             start,
@@ -167,6 +164,11 @@ class SnapshotTarget(Target):
         yield self.origin, 0, self.length
         yield self.cow, 0, self.cow.sectors
 
+    @property
+    def supports_discard(self) -> bool:
+        """Only where discarding means something: the chunk reads as zeros then."""
+        return "discard_zeroes_cow" in self.features
+
 
 def _cow_users(cow: _core.BlockDevice) -> list[SnapshotTarget]:
     """Return the snapshot tables that keep their exceptions on a device."""
@@ -182,9 +184,9 @@ def _parse_store(text: str) -> tuple[bool, bool]:
         return True, bool(rest)
     if letter == "N":
         return False, False
-    reason = f"Unsupported persistent store option: {rest}" if letter == "P" else (
-        f"no store type {text!r}"
-    )
+    reason = f"no store type {text!r}"
+    if letter == "P":
+        reason = f"Unsupported persistent store option: {rest}"
     raise TargetError(f"Couldn't create exception store: {reason}")
 
 
@@ -207,7 +209,7 @@ def _parse_chunk_size(text: str, cow: _core.BlockDevice, origin: _core.BlockDevi
 
 
 def _read_metadata(store_: _core.ExceptionStore, chunk_size: int, origin_size: int) -> None:
-    """Open the store on the COW device, or make one where there is none (3.2 of the kernel's rules).
+    """Open the store on the COW device, or make one where there is none.
 
     The errno is the store's; nothing on the device changes unless it is fresh.
     """

@@ -1,4 +1,4 @@
-"""snapshot-merge: as snapshot, in the origin's place, while its exceptions go back into the origin."""
+"""snapshot-merge: as snapshot, in the origin's place; its exceptions go back into the origin."""
 
 from __future__ import annotations
 

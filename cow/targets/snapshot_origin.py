@@ -16,9 +16,7 @@ class SnapshotOriginTarget(Target):
     version = (1, 9, 0)
     supports_discard = False
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) != 1:
             raise TargetError("origin: incorrect number of arguments")
         self.dev = open_device(

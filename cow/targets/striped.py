@@ -16,9 +16,7 @@ class StripedTarget(Target):
     version = (1, 6, 0)
     plain = True
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) < 2:
             raise TargetError("Not enough arguments")
         count = parse_number(args[0], "Invalid stripe count", 2**32 - 1)

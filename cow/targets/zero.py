@@ -14,9 +14,7 @@ class ZeroTarget(Target):
     version = (1, 2, 0)
     plain = True
 
-    def __init__(
-        self, context: TargetContext, start: int, length: int, args: list[str]
-    ) -> None:
+    def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if args:
             raise TargetError("No arguments required")
         self.map = _core.Zero(start, length)

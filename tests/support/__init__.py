@@ -98,7 +98,7 @@ def store_bytes(
     valid: int = 1,
     version: int = 1,
 ) -> bytearray:
-    """Return a whole store of `size` bytes by hand: header, areas, zeros where the data would be."""
+    """Return a whole store of `size` bytes by hand: header, areas, zeros where the data is."""
     data = bytearray(size)
     data[:16] = header_bytes(chunk_size, valid=valid, version=version)
     per_area = 32 * chunk_size

@@ -9,6 +9,7 @@ Offsets and lengths are bytes, in tables sectors, as everywhere.
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import struct
@@ -26,6 +27,13 @@ class Nonsense(Exception):
 def failure(code: int, text: str = "") -> OSError:
     """Return the error the kernel answers with."""
     return OSError(code, text or os.strerror(code))
+
+
+def too_small(device: Device) -> Exception:
+    """Return what a table past the end of what lies below meets: a reload only at its resume."""
+    if device.live is None:
+        return failure(errno.EINVAL, "too small for target")
+    return Nonsense("a reload past the end of what lies below")
 
 
 def pieces(offset: int, length: int, unit: int) -> Iterator[tuple[int, int]]:
@@ -144,7 +152,7 @@ class Linear(Target):
         self.dev = model.block(args[0])
         self.offset = int(args[1])
         if (self.offset + length) * SECTOR > self.dev.size:
-            raise failure(errno.EINVAL, "too small for target")
+            raise too_small(device)
 
     def blocks(self):
         return [self.dev]
@@ -182,7 +190,7 @@ class Striped(Target):
         ]
         for dev, at in self.legs:
             if (at + length // count) * SECTOR > dev.size:
-                raise failure(errno.EINVAL, "too small for target")
+                raise too_small(device)
 
     def blocks(self):
         return [dev for dev, _ in self.legs]
@@ -266,7 +274,7 @@ class Origin(Target):
             raise failure(errno.EINVAL, "origin: incorrect number of arguments")
         self.dev = model.block(args[0])
         if length * SECTOR > self.dev.size:
-            raise failure(errno.EINVAL, "too small for target")
+            raise too_small(device)
 
     def blocks(self):
         return [self.dev]
@@ -477,13 +485,16 @@ class Snapshot(Target):
             raise Nonsense("the contents of the COW image are not determined")
         self.store = self.parse_store(args[2], args[3])
         if length * SECTOR > self.origin.size:
-            raise failure(errno.EINVAL, "too small for target")
+            raise too_small(device)
         if not self.register():
             try:
                 self.exceptions = self.store.load()
             except OSError:
                 model.snapshots.remove(self)
                 raise
+            if any(old * self.unit >= self.origin.size for old in self.exceptions):
+                model.snapshots.remove(self)
+                raise Nonsense("a store of a larger origin")
             self.valid = getattr(self.store, "marked_valid", True)
             if not self.store.chunk:
                 model.snapshots.remove(self)
@@ -672,6 +683,8 @@ class Snapshot(Target):
             raise failure(errno.EIO)
 
     def can_discard(self):
+        if FEATURES[1] in self.features and not self.origin.can_discard():
+            raise Nonsense("a discard passed down to what takes none")
         return bool(self.features)
 
     def forget(self) -> None:
@@ -824,11 +837,45 @@ class Device:
 
     def pread(self, size: int, offset: int) -> bytes:
         self.check_usable()
-        return self.read(offset, max(0, min(size, self.size - offset)))
+        size = max(0, min(size, self.size - offset))
+        return self.read(offset, size) if size else b""
+
+    def rehearse(self, requests: list[tuple[int, bytes]]) -> None:
+        """Refuse writes that fail below another snapshot-origin, on a copy of the model.
+
+        How many copies the snapshots above take before is not determined.
+        """
+        under = [device.label for device in self.below()]
+        stacked = any(
+            isinstance(target, Origin | Merge) and isinstance(block, Device)
+            and any(isinstance(t, Snapshot) for t in block.live or [])
+            for label in under
+            for target in self.model.devices[label].live or []
+            for block in target.blocks()
+        )
+        if not stacked:
+            return
+        twin = copy.deepcopy(self.model)
+        try:
+            for offset, data in requests:
+                twin.devices[self.label].write(offset, data)
+        except OSError:
+            raise Nonsense("a write that fails below a snapshot-origin") from None
+        for label in under:
+            for mine, other in zip(
+                self.live_of(self.model, label), self.live_of(twin, label), strict=True
+            ):
+                if mine.status().isalpha() != other.status().isalpha():
+                    raise Nonsense("a snapshot that ends below a snapshot-origin")
+
+    @staticmethod
+    def live_of(model: Model, label: str) -> list[Target]:
+        return model.devices[label].live or []
 
     def pwrite(self, data: bytes, offset: int) -> int:
         self.check_usable()
         self.check_room(offset, len(data))
+        self.rehearse([(offset, data)])
         self.write(offset, data)
         return len(data)
 
@@ -851,14 +898,8 @@ class Device:
         self.check_usable()
         for offset, row in zip(offsets, data, strict=True):
             self.check_room(offset, len(row))
-        failed = False
         for offset, row in zip(offsets, data, strict=True):
-            try:
-                self.write(offset, row)
-            except OSError:
-                failed = True
-        if failed:
-            raise failure(errno.EIO)
+            self.write(offset, row)
 
     def read_many(self, offsets: list[int], size: int) -> list[bytes]:
         self.check_usable()
