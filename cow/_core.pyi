@@ -51,7 +51,7 @@ class BlockDevice:
     # Set by the snapshot targets: those that keep their exceptions here.
     cow_users: list[Any]
 
-    def __new__(cls, gate: Gate, *args: Any, **kwargs: Any) -> Self: ...
+    def __new__(cls, gate: Gate, *args: object, **kwargs: object) -> Self: ...
     @property
     def gate(self) -> Gate: ...
     @property
@@ -128,7 +128,7 @@ class Map:
 
 @disjoint_base
 class TargetMap:
-    def __new__(cls, start: int, length: int, *args: Any, **kwargs: Any) -> Self: ...
+    def __new__(cls, start: int, length: int, *args: object, **kwargs: object) -> Self: ...
     @property
     def devices(self) -> tuple[BlockDevice, ...]: ...
 
@@ -156,7 +156,13 @@ class FilterTarget(TargetMap):
     MANGLE: Final = 2
 
     def __init__(
-        self, start: int, length: int, dev: BlockDevice, dev_start: int, *args: Any, **kwargs: Any
+        self,
+        start: int,
+        length: int,
+        dev: BlockDevice,
+        dev_start: int,
+        *args: object,
+        **kwargs: object,
     ) -> None: ...
     def start(self, op: str, sector: int, nr_sectors: int) -> int: ...
     def mangle(self, op: str, data: memoryview) -> None: ...

@@ -16,9 +16,9 @@ Locks, in the order in which they are taken; docs/architecture.md tells why.
             where they become visible or vanish. Nothing waits, copies or flushes under the
             exclusive lock. A device takes the map locks of all families below it at once, in
             order of their number.
-Families are ordered too: a family's devices may lie on other families, never in a circle
-(`BlockDevice.check_circle`); commit and prepare of the upper family are taken before any lock of
-a lower one, and no map lock is held while another device is written.
+Families are ordered too: a family's devices may lie on other families, never in a circle (a table
+that would close one is refused); commit and prepare of the upper family are taken before any lock
+of a lower one, and no map lock is held while another device is written.
 
 The sections, in order of dependence:
 """
@@ -31,4 +31,7 @@ include "core/store.pxi"        # the COW store: header, areas, reserve, commit
 include "core/family.pxi"       # an origin with its snapshots: prepare and commit
 include "core/targets.pxi"      # map functions: what each target does with a request
 include "core/merge.pxi"        # moving exceptions back into the origin
-include "core/objects.pxi"      # the Python-visible classes
+include "core/look.pxi"         # extents and views
+include "core/devices.pxi"      # Gate, Family, BlockDevice, FileDevice, MappedDevice
+include "core/tables.pxi"       # Map, and an object for each target
+include "core/snapshots.pxi"    # ExceptionStore, Snapshot

@@ -123,7 +123,7 @@ class Device(_core.MappedDevice):
     # The life cycle; the mapper's lock is held.
 
     def load(self, table: Table) -> None:
-        """Put a table in the inactive slot; the first one is checked against its devices at once."""
+        """Put a table in the inactive slot. The first one is checked against its devices now."""
         if not self._limits_set:
             self._check(table)
         for target in table.targets:

@@ -73,7 +73,7 @@ class Mapper:
     # Life and death.
 
     def close(self) -> None:
-        """Stop merges, remove every device, close every image. Nothing needs to be flushed first."""
+        """Stop merges, remove every device, close every image. No flush is needed before."""
         with self._lock:
             self._closed = True
             self._finalizer()
@@ -455,13 +455,16 @@ class _Context:
 
     def get_device(self, name: str, *, writable: bool) -> _core.BlockDevice:
         """Open a device by dm name, /dev/mapper/NAME, MAJOR:MINOR or path."""
-        found: Device | Image | None = self._mapper._find_device(name)
-        if found is None:
+        found: Device | Image
+        device = self._mapper._find_device(name)
+        if device is None:
             if re.fullmatch(r"[0-9]+:[0-9]+", name):
                 raise DeviceNotFound(f"{name}: no such device")
             found = self._mapper._get_image(name, writable=writable)
-        elif found is self._device or found.uses(self._device):
+        elif device is self._device or device.uses(self._device):
             raise InvalidArgument(f"{name}: the device would stand on itself")
+        else:
+            found = device
         if found not in self.opened:
             self.opened.append(found)
         return found

@@ -1,7 +1,7 @@
 """The persistent COW store as Linux lays it out, seen from Python: read it, dump it, check it.
 
-In chunks of the header's chunk size: chunk 0 is the header, chunk 1 + (E + 1)·a is metadata area a,
-every other chunk holds data; E = chunk bytes / 16 records an area. A record is two little-endian
+In chunks of the header's chunk size: chunk 0 is the header, chunk 1 + (E + 1)·a is metadata area
+a, every other chunk holds data; E = chunk bytes / 16 records an area. A record is two little-endian
 u64, old chunk (of the origin) and new chunk (of the store); one whose new chunk is 0 ends the list.
 (dm-snap-persistent.c; the transient store "N" leaves nothing on disk to read.)
 """

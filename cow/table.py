@@ -121,7 +121,7 @@ class Table:
         return lines[-1].start + lines[-1].length if lines else 0
 
     def check_limits(self) -> None:
-        """Check sizes and alignment against the devices as they are now (dm_calculate_queue_limits)."""
+        """Check sizes and alignment against the devices of now (dm_calculate_queue_limits)."""
         for line, target in zip(self._lines, self.targets, strict=True):
             for device, start, length in target.areas():
                 reason = _area_is_invalid(device, start, length)
@@ -202,7 +202,7 @@ class ConciseDevice(NamedTuple):
 
 
 def parse_concise(text: str) -> list[ConciseDevice]:
-    """Parse `name,uuid,minor,flags,table[,table…][;…]`; TableFormatError says what is incomplete."""
+    """Parse `name,uuid,minor,flags,table[,table…][;…]`; TableFormatError says what is missing."""
     return [_parse_concise_device(fields) for fields in _split_concise(text.strip("\n"))]
 
 

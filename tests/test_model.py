@@ -403,7 +403,8 @@ class Author:
     def odd_lengths(self) -> bool:
         """Tell whether a snapshot ends inside a chunk.
 
-        There the bytes of its last copy beyond its end depend on the order inside a batch.
+        There the bytes of its last copy beyond its end depend on the order inside a batch of
+        writes or of merge runs.
         """
         return any(s.length % 16 and s.length < self.sectors for s in self.model.snapshots)
 
@@ -502,7 +503,7 @@ class Author:
             if target.origin.label == "base-real" and target.store.letter != "N"
             and target.kind == "snapshot" and target.store.chunk
         ]
-        if not persistent:
+        if not persistent or self.odd_lengths():
             return
         target = self.rng.choice(persistent)
         name = target.device.label

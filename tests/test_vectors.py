@@ -902,6 +902,14 @@ def test_a_discard_on_an_invalid_snapshot_fails(rig):
     assert refused(discard, rig, "snap", 0, 8) == errno.EIO
 
 
+def test_a_discard_on_an_overflowed_snapshot_fails(rig):
+    rig.snap("snap", "PO 8 1 discard_zeroes_cow", cow_sectors=24)
+    rig.write("snap", 0)
+    assert refused(rig.write, "snap", 8) == errno.EIO
+    assert refused(discard, rig, "snap", 0, 8) == errno.EIO
+    assert rig.read("snap", 0, 8) == stamp(0, 8, 1)
+
+
 def test_a_merge_with_the_feature_ignores_discards(rig):
     rig.snap()
     rig.dm.remove("snap")

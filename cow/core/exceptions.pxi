@@ -128,7 +128,9 @@ cdef inline uint64_t exception_private(
     return n
 
 
-cdef int records_append(records *r, uint64_t old_chunk, uint64_t new_chunk, uint64_t n) noexcept nogil:
+cdef int records_append(
+    records *r, uint64_t old_chunk, uint64_t new_chunk, uint64_t n
+) noexcept nogil:
     """Append n records of neighbouring chunks."""
     cdef uint64_t capacity = r.capacity, i
     cdef void *items

@@ -1,10 +1,11 @@
 # A family: an origin with its snapshots. Here sharing is broken, in two steps.
 #
-# Prepare, under the prepare mutex: reserve store chunks, copy into them, mark the exceptions pending.
-# Readers go on; nobody changes an origin chunk that is pending, because that takes a prepare first.
-# Commit, under the commit mutex: whoever comes first writes the records of all that is prepared, for
-# himself and for all who wait behind him, and publishes them under the exclusive map lock. The lock
-# is had only when every reader that went to the origin is through; then the origin may change.
+# Prepare, under the prepare mutex: reserve store chunks, copy into them, mark the exceptions
+# pending. Readers go on; nobody changes an origin chunk that is pending, because that takes a
+# prepare first.
+# Commit, under the commit mutex: whoever comes first writes the records of all that is prepared,
+# for all who wait behind as well, and publishes them under the exclusive map lock. That is had only
+# when every reader that went to the origin is through; then the origin may change.
 
 cdef int group_add(commit_group *g, family *f) noexcept nogil:
     """Note that `f`, whose prepare mutex is held, has something the request must see committed."""
@@ -101,7 +102,9 @@ cdef uint64_t family_private(family *f, uint64_t offset, uint64_t length) noexce
     return length
 
 
-cdef int family_prepare(family *f, commit_group *g, uint64_t offset, uint64_t length) noexcept nogil:
+cdef int family_prepare(
+    family *f, commit_group *g, uint64_t offset, uint64_t length
+) noexcept nogil:
     """Copy an origin range out for every snapshot that still shares it.
 
     Whatever fails here costs the snapshot, never the origin write.
@@ -232,7 +235,7 @@ cdef int snapshot_invalidate(snapshot *s) noexcept nogil:
     cdef store *st = s.store
     if not st.valid:
         return 0
-    # A header that cannot be written cannot be helped, as in the kernel; one that has to wait, waits.
+    # A header that cannot be written cannot be helped, as in the kernel; one that must wait, waits.
     if st.persistent and store_write_header(st, 0) == BIO_SUSPENDED:
         return BIO_SUSPENDED
     port_store32(&st.valid, 0)

@@ -1,7 +1,7 @@
 # The bottom: mmap'd files. `emit` functions are all that ever happens to a run of image bytes.
 #
-# An emit function gets a run inside an image, or NULL for a run of zeros that no image holds (a zero
-# target, the part of a growing image that no file backs yet), and counts it into bio.done.
+# An emit function gets a run inside an image, or NULL for a run of zeros that no image holds (a
+# zero target, the part of a growing image that no file backs yet), and counts it into bio.done.
 
 cdef int emit_read(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
     cdef int rc

@@ -37,13 +37,14 @@ cdef uint64_t merge_run_start(snapshot *s, uint64_t end) noexcept nogil:
     """Return the index of the first record of the run that ends before record `end`."""
     cdef record *w = s.window
     cdef uint64_t i = end - s.window_first - 1
-    while i > 0 and w[i - 1].old_chunk + 1 == w[i].old_chunk and w[i - 1].new_chunk + 1 == w[i].new_chunk:
+    while (i > 0 and w[i - 1].old_chunk + 1 == w[i].old_chunk
+           and w[i - 1].new_chunk + 1 == w[i].new_chunk):
         i -= 1
     return i + s.window_first
 
 
 cdef int merge_step(snapshot *s) noexcept nogil:
-    """Merge some: 1 if there is more, 0 if all is merged, BIO_SUSPENDED, or -errno (merge failed)."""
+    """Merge some: 1 if there is more, 0 if all is merged, BIO_SUSPENDED, or -errno (failed)."""
     cdef store *st = s.store
     cdef int rc
     if not st.valid:

@@ -118,11 +118,25 @@ static inline void port_prefetch(const void *address)
 
 /* Atomics: entries of an exception table are read by holders of the shared lock while the
  * holder of the prepare mutex reserves others; counters are printed without a lock. */
-static inline uint64_t port_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-static inline void port_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-static inline uint32_t port_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-static inline void port_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-static inline void port_add64(uint64_t *p, uint64_t n) { __atomic_fetch_add(p, n, __ATOMIC_ACQ_REL); }
+static inline uint64_t port_load64(const uint64_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static inline void port_store64(uint64_t *p, uint64_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+
+static inline uint32_t port_load32(const uint32_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static inline void port_store32(uint32_t *p, uint32_t v)
+{
+	__atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
 
 /* On disk everything is little-endian; memory is on every machine this builds for. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the COW store is little-endian");
@@ -152,8 +166,11 @@ static __thread uint32_t port_my_slot __attribute__((tls_model("initial-exec")))
 
 static inline uint32_t port_slot_index(void)
 {
-	if (!port_my_slot)
-		port_my_slot = 1 + __atomic_fetch_add(&port_next_slot, 1, __ATOMIC_RELAXED) % PORT_SLOTS;
+	uint32_t n;
+	if (!port_my_slot) {
+		n = __atomic_fetch_add(&port_next_slot, 1, __ATOMIC_RELAXED);
+		port_my_slot = 1 + n % PORT_SLOTS;
+	}
 	return port_my_slot - 1;
 }
 

@@ -61,7 +61,9 @@ cdef int request(device *d, bio *b, uint64_t offset, uint64_t length) noexcept n
     return rc
 
 
-cdef int request_read(device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done) noexcept nogil:
+cdef int request_read(
+    device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done
+) noexcept nogil:
     """Read; `done` counts bytes, and a request that answers BIO_SUSPENDED goes on from there."""
     cdef bio b
     cdef int rc
@@ -74,7 +76,7 @@ cdef int request_read(device *d, uint8_t *data, uint64_t offset, uint64_t length
 cdef int request_write(
     device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done, bint stream=False
 ) noexcept nogil:
-    """Write `data` (NULL: zeros): in place, and where that would change a snapshot, prepare first."""
+    """Write `data` (NULL: zeros) in place; where that would change a snapshot, prepare first."""
     cdef bio b
     cdef int rc
     while True:
@@ -92,7 +94,9 @@ cdef int request_write(
             return rc
 
 
-cdef int request_prepare(device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done) noexcept nogil:
+cdef int request_prepare(
+    device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done
+) noexcept nogil:
     """Break sharing for what is left of a write. Whatever landed in fresh chunks counts as done."""
     cdef bio b
     cdef commit_group group

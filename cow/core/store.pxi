@@ -61,7 +61,9 @@ cdef int store_format(store *st) noexcept nogil:
     return rc if rc else store_write_header(st, 1)
 
 
-cdef int read_records(store *st, record *window, uint64_t area, uint64_t first, uint64_t n) noexcept nogil:
+cdef int read_records(
+    store *st, record *window, uint64_t area, uint64_t first, uint64_t n
+) noexcept nogil:
     """Read records of an area from the device, page tables spared."""
     cdef bio b
     bio_init(&b, READ, emit_pread, <uint8_t *>window)
@@ -249,7 +251,7 @@ cdef int store_take(store *st, uint64_t old_chunk, uint64_t first, uint64_t coun
 
 
 cdef int store_commit(store *st) noexcept nogil:
-    """Write the records of `committing`. Their data is in place; what they need first is done first.
+    """Write the records of `committing`, whose data is in place; first what they need.
 
     Counters change only at the end, so that an interrupted commit is done again from the start.
     """

@@ -63,15 +63,15 @@ cdef int snapshot_map(target *t, bio *b, uint64_t offset, uint64_t length) noexc
         return b.emit(b, NULL, 0, length)
     if b.op == PREPARE:
         return snapshot_prepare(s, b, offset, length)
+    if b.op in (WRITE, DISCARD) and port_load32(&st.overflowed):
+        return -EIO
     if b.op == DISCARD:
         return snapshot_discard(s, b, offset, length)
-    if b.op == WRITE and port_load32(&st.overflowed):
-        return -EIO
     return exceptions_map(s, b, offset, length)
 
 
 cdef int exceptions_map(snapshot *s, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
-    """Send each run to the store or to the origin; a write stops at the first chunk without exception."""
+    """Send each run to the store or the origin; a write stops at a chunk without exception."""
     cdef store *st = s.store
     cdef uint64_t size = chunk_bytes(st), end = offset + length
     cdef uint64_t chunk, last, run, first, n, inside
@@ -102,7 +102,7 @@ cdef int exceptions_map(snapshot *s, bio *b, uint64_t offset, uint64_t length) n
 
 
 cdef int snapshot_discard(snapshot *s, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
-    """Discard chunk by chunk: whole chunks of ours are zeroed, parts forwarded, others are the origin's.
+    """Discard chunk by chunk: whole ones of ours are zeroed, parts forwarded, others left alone.
 
     The kernel takes any discard as long as a chunk for one of a whole chunk, and zeroes its
     neighbour where it starts in the middle (dm-snapshot.md, 4.4); here only what is addressed.
@@ -140,7 +140,7 @@ cdef int write_zeroes_below(device *d, bio *b, uint64_t offset, uint64_t length)
 
 
 cdef int merge_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
-    """snapshot-merge: reads as the snapshot, writes what has no exception any more to the origin."""
+    """snapshot-merge: reads as the snapshot; writes what has no exception any more below."""
     cdef snapshot *s = t.snapshot
     cdef store *st = s.store
     cdef uint64_t size = chunk_bytes(st), end = offset + length

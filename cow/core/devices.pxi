@@ -1,4 +1,4 @@
-# The Python-visible classes: thin shells that check, call once without the GIL, and raise.
+# The Python-visible devices: thin shells that check, call once without the GIL, and raise.
 
 from cpython.buffer cimport (
     PyBUF_FULL_RO, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_FromContiguous,
@@ -278,7 +278,8 @@ cdef class BlockDevice:
                 self.perform(&o, "read")
             else:
                 packed = self.pread(<Py_ssize_t>o.length, offset)
-                PyBuffer_FromContiguous(&view, PyBytes_AS_STRING(packed), <Py_ssize_t>o.length, b"C")
+                PyBuffer_FromContiguous(
+                    &view, PyBytes_AS_STRING(packed), <Py_ssize_t>o.length, b"C")
         finally:
             PyBuffer_Release(&view)
         return o.length
@@ -325,7 +326,7 @@ cdef class BlockDevice:
             self.perform(&o, "write")
 
     def discard(self, int64_t offset, int64_t length):
-        """Discard a range, cut to the device; EOPNOTSUPP where a target on the way has no discard."""
+        """Discard a range, cut to the device; EOPNOTSUPP where a target on the way has none."""
         cdef operation o
         if length < 0:
             raise InvalidArgument(f"{self}: length {length} is negative")
@@ -376,8 +377,8 @@ cdef class BlockDevice:
     def write_many(self, offsets, data):
         """Write data[i] at offsets[i] (bytes) for every i, in order, in one call.
 
-        `data` is uint8[n, size]. Nothing is written unless every block lies inside the device; at an
-        error the blocks before it are written. All copies that snapshots need are committed
+        `data` is uint8[n, size]. Nothing is written unless every block lies inside the device; at
+        an error the blocks before it are written. All copies that snapshots need are committed
         together, with one pair of barriers for the lot.
         """
         import numpy
@@ -469,9 +470,9 @@ cdef class BlockDevice:
         cdef uint64_t length = self.clip(
             offset, self.d.size if size is None else <uint64_t>max(0, size))
         if not self.d.plain or not length:
+            reason = "nothing is there" if self.d.plain else "a snapshot lies on the way"
             raise DeviceIOError(
-                f"{self}: no view of {length} bytes at {offset}: "
-                + ("nothing is there" if self.d.plain else "a snapshot lies on the way"), EOPNOTSUPP)
+                f"{self}: no view of {length} bytes at {offset}: {reason}", EOPNOTSUPP)
         memset(&found, 0, sizeof(found))
         memset(&o, 0, sizeof(o))
         o.op = OP_MAP
@@ -491,103 +492,6 @@ cdef class BlockDevice:
     cdef FileDevice image_of(self, void *image):
         """Return the object of an image found below."""
         raise NotImplementedError
-
-
-cdef struct extent:
-    uint64_t offset
-    uint64_t length
-    uint8_t source
-    uint8_t zero
-    uint8_t pad[6]
-
-cdef struct extents:
-    extent *items
-    uint64_t count
-    uint64_t capacity
-    uint64_t start
-
-cdef struct run:
-    uint64_t runs
-    device *image
-    uint64_t offset
-    uint64_t length
-
-
-cdef int emit_run(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
-    """Count the pieces a range lies in; neighbours of one image are one piece."""
-    cdef run *r = <run *>b.context
-    b.done += length
-    if r.runs and image == r.image and image != NULL and offset == r.offset + r.length:
-        r.length += length
-        return 0
-    r.runs += 1 if image != NULL else 2
-    r.image = image
-    r.offset = offset
-    r.length = length
-    return 0
-
-
-cdef int emit_extent(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
-    """Append a run to the extents, cut at the holes of the image."""
-    cdef int source = FROM_ORIGIN if b.source == FROM_NOWHERE else b.source
-    cdef int64_t data, hole
-    cdef uint64_t n
-    cdef int rc = 0
-    if image == NULL or not image.sparse:
-        rc = extents_append(b, length, FROM_ZERO if image == NULL else source, image == NULL)
-        b.done += length
-        return rc
-    while length and rc == 0:
-        data = lseek(image.fd, <int64_t>offset, SEEK_DATA)
-        if data < 0 and errno == ENXIO:
-            data = <int64_t>(offset + length)
-        elif data < 0:
-            data = <int64_t>offset
-        if <uint64_t>data > offset:
-            n = min(length, <uint64_t>data - offset)
-            rc = extents_append(b, n, source, True)
-        else:
-            hole = lseek(image.fd, <int64_t>offset, SEEK_HOLE)
-            n = min(length, <uint64_t>hole - offset) if hole > <int64_t>offset else length
-            rc = extents_append(b, n, source, False)
-        b.done += n
-        offset += n
-        length -= n
-    return rc
-
-
-cdef int extents_append(bio *b, uint64_t length, int source, bint zero) noexcept nogil:
-    cdef extents *e = <extents *>b.context
-    cdef uint64_t capacity
-    cdef void *items
-    cdef extent *last
-    if e.count:
-        last = &e.items[e.count - 1]
-        if last.source == source and last.zero == zero:
-            last.length += length
-            return 0
-    if e.count == e.capacity:
-        capacity = max(<uint64_t>64, 2 * e.capacity)
-        items = realloc(e.items, capacity * sizeof(extent))
-        if items == NULL:
-            return -ENOMEM
-        e.items = <extent *>items
-        e.capacity = capacity
-    last = &e.items[e.count]
-    last.offset = e.start + b.done
-    last.length = length
-    last.source = <uint8_t>source
-    last.zero = zero
-    e.count += 1
-    return 0
-
-
-cdef int copy_out(object buffer, void *source, size_t size) except -1:
-    cdef Py_buffer view
-    PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
-    memcpy(view.buf, source, size)
-    PyBuffer_Release(&view)
-    return 0
 
 
 cdef class FileDevice(BlockDevice):
@@ -757,7 +661,7 @@ cdef class MappedDevice(BlockDevice):
         port_event_raise(&self.d.events)
 
     def wait_event(self, uint64_t event_nr, long milliseconds):
-        """Wait until the event counter differs from `event_nr`, or for so long; return the counter."""
+        """Wait until the event counter differs from `event_nr`, or so long; return the counter."""
         cdef uint64_t now
         with nogil:
             now = port_event_wait(&self.d.events, event_nr, milliseconds)
@@ -775,417 +679,3 @@ cdef class MappedDevice(BlockDevice):
                     if found is not None:
                         return found
         return None
-
-
-@cython.final
-cdef class Map:
-    """The compiled form of a table: its targets in order, without gaps."""
-
-    cdef table t
-    cdef readonly tuple targets
-
-    def __cinit__(self, targets):
-        cdef TargetMap line
-        cdef int i
-        self.targets = tuple(targets)
-        self.t.nr_targets = <int>len(self.targets)
-        self.t.targets = <target **>malloc(self.t.nr_targets * sizeof(void *))
-        self.t.ends = <uint64_t *>malloc(self.t.nr_targets * sizeof(uint64_t))
-        if self.t.targets == NULL or self.t.ends == NULL:
-            raise MemoryError
-        for i in range(self.t.nr_targets):
-            line = self.targets[i]
-            self.t.targets[i] = &line.t
-            self.t.ends[i] = line.t.start + line.t.length
-
-    def __dealloc__(self):
-        free(self.t.targets)
-        free(self.t.ends)
-
-
-cdef class TargetMap:
-    """The core side of one table line. Starts and lengths are sectors here."""
-
-    cdef target t
-    cdef readonly tuple devices
-    cdef object __weakref__
-
-    def __cinit__(self, uint64_t start, uint64_t length, *args, **kwargs):
-        self.t.start = start * SECTOR
-        self.t.length = length * SECTOR
-        self.devices = ()
-
-
-@cython.final
-cdef class Linear(TargetMap):
-    """A range of a device; `dev_start` in sectors."""
-
-    def __init__(self, start, length, BlockDevice dev not None, uint64_t dev_start):
-        self.devices = (dev,)
-        self.t.map = linear_map
-        self.t.dev = &dev.d
-        self.t.dev_start = dev_start * SECTOR
-
-
-@cython.final
-cdef class Striped(TargetMap):
-    """Chunks of `chunk_size` sectors over (device, start sector) legs in turn."""
-
-    def __init__(self, start, length, uint64_t chunk_size, legs):
-        cdef BlockDevice dev
-        cdef int i
-        self.devices = tuple([leg[0] for leg in legs])
-        self.t.map = striped_map
-        self.t.chunk_size = chunk_size * SECTOR
-        self.t.nr_stripes = len(legs)
-        self.t.stripes = <stripe *>malloc(len(legs) * sizeof(stripe))
-        if self.t.stripes == NULL:
-            raise MemoryError
-        for i in range(len(legs)):
-            dev, dev_start = legs[i]
-            self.t.stripes[i].dev = &dev.d
-            self.t.stripes[i].start = dev_start * SECTOR
-
-    def __dealloc__(self):
-        free(self.t.stripes)
-
-
-@cython.final
-cdef class Zero(TargetMap):
-    """Reads zeros, forgets writes."""
-
-    def __init__(self, start, length):
-        self.t.map = zero_map
-
-
-@cython.final
-cdef class Error(TargetMap):
-    """Fails everything with EIO."""
-
-    def __init__(self, start, length):
-        self.t.map = error_map
-
-
-cdef class FilterTarget(TargetMap):
-    """A linear target that asks Python about every request: the way to write a target in Python.
-
-    start(op, sector, nr_sectors) is called before, with op "read", "write", "discard" or "flush". It
-    may sleep, raise an OSError (the request fails with its errno), or return PASS, DROP or MANGLE;
-    after MANGLE, mangle(op, data) may change the bytes in a writable memoryview.
-    """
-
-    PASS = FILTER_PASS
-    DROP = FILTER_DROP
-    MANGLE = FILTER_MANGLE
-
-    def __init__(self, start, length, BlockDevice dev not None, uint64_t dev_start, *args, **kwargs):
-        self.devices = (dev,)
-        self.t.map = filter_map
-        self.t.dev = &dev.d
-        self.t.dev_start = dev_start * SECTOR
-        self.t.object = <void *>self
-
-    def start(self, op, sector, nr_sectors):
-        """Decide about a request before it is passed down."""
-        return FILTER_PASS
-
-    def mangle(self, op, data):
-        """Change the data of a read on its way up, or of a write on its way down."""
-
-
-cdef str op_name(int op):
-    return {READ: "read", WRITE: "write", DISCARD: "discard", FLUSH: "flush"}[op]
-
-
-cdef int filter_ask(target *t, int op, uint64_t offset, uint64_t length) noexcept with gil:
-    try:
-        return (<FilterTarget>t.object).start(
-            op_name(op), (offset - t.start) // SECTOR, length // SECTOR)
-    except OSError as error:
-        return -(error.errno or EIO)
-    except BaseException:
-        return -EIO
-
-
-cdef int filter_mangle(target *t, int op, uint8_t *data, uint64_t length) noexcept with gil:
-    try:
-        (<FilterTarget>t.object).mangle(op_name(op), <uint8_t[:length]>data)
-        return 0
-    except OSError as error:
-        return -(error.errno or EIO)
-    except BaseException:
-        return -EIO
-
-
-@cython.final
-cdef class Origin(TargetMap):
-    """snapshot-origin: copies out for the snapshots of `dev` before it is written."""
-
-    def __init__(self, start, length, BlockDevice dev not None):
-        self.devices = (dev,)
-        dev.family
-        self.t.map = origin_map
-        self.t.dev = &dev.d
-
-
-cdef dict FAULTS = {
-    FAULT_OLD_RANGE: "old chunk {old} is past the end of the origin, which has {nr_old} chunks",
-    FAULT_NEW_RANGE: "new chunk {new} is past the end of the store, which has {nr_new} chunks",
-    FAULT_METADATA: "new chunk {new} is a metadata area",
-    FAULT_OLD_TWICE: "old chunk {old} has an exception already",
-    FAULT_NEW_TWICE: "new chunk {new} is used by another exception",
-}
-
-
-@cython.final
-cdef class ExceptionStore:
-    """A COW store on a device: persistent (P, PO) or transient (N).
-
-    It has no chunk size until configure(); what a handover destination holds stays like that.
-    """
-
-    cdef store st
-    cdef readonly BlockDevice cow
-
-    def __cinit__(self, BlockDevice cow not None, *, bint persistent, bint overflow_supported=False):
-        self.cow = cow
-        self.st.cow = &cow.d
-        self.st.persistent = persistent
-        self.st.overflow_supported = overflow_supported
-        self.st.valid = 1
-
-    def __dealloc__(self):
-        store_free(&self.st)
-
-    cdef int check(self, int rc, str what) except -1:
-        if rc == -ENOMEM:
-            raise MemoryError("Unable to allocate hash table space")
-        if rc == BIO_SUSPENDED:
-            raise StoreError(f"{self.cow}: {what}: the device is suspended", EINVAL)
-        if rc:
-            raise StoreError(f"{self.cow}: {what}: {os.strerror(-rc)}", -rc)
-        return 0
-
-    def configure(self, uint64_t chunk_size, uint64_t origin_size):
-        """Set the chunk size (sectors, a power of 2) and reserve the exception table.
-
-        `origin_size` in bytes: the table has room for every chunk of the origin.
-        """
-        cdef uint64_t size = chunk_size * SECTOR
-        self.check(
-            store_configure(&self.st, <int>size.bit_length() - 1, (origin_size + size - 1) // size),
-            "exception table")
-
-    def format(self):
-        """Write a fresh store: area 0 zeroed, then the header."""
-        cdef int rc
-        with nogil:
-            port_read_lock(&self.st.cow.gate.lock)
-            rc = store_format(&self.st)
-            port_read_unlock(&self.st.cow.gate.lock)
-        self.check(rc, "cannot write the header and the first area")
-
-    def load(self):
-        """Read every committed exception; StoreError for a record that cannot be right."""
-        cdef load_fault fault
-        cdef int rc
-        memset(&fault, 0, sizeof(fault))
-        with nogil:
-            port_read_lock(&self.st.cow.gate.lock)
-            rc = store_load(&self.st, &fault)
-            port_read_unlock(&self.st.cow.gate.lock)
-        if fault.kind != FAULT_NONE:
-            text = FAULTS[fault.kind].format(
-                old=fault.found.old_chunk, new=fault.found.new_chunk,
-                nr_old=self.st.exceptions.nr_chunks, nr_new=self.st.cow.size >> self.st.chunk_shift)
-            raise StoreError(
-                f"{self.cow}: area {fault.area}, record {fault.index}: {text}", EINVAL)
-        self.check(rc, "cannot read the metadata areas")
-
-    @property
-    def persistent(self):
-        """Whether exceptions are recorded on the device."""
-        return self.st.persistent
-
-    @property
-    def letters(self):
-        """P, PO or N, as a table prints it."""
-        if not self.st.persistent:
-            return "N"
-        return "PO" if self.st.overflow_supported else "P"
-
-    @property
-    def chunk_size(self):
-        """Sectors; 0 while none is set."""
-        return chunk_bytes(&self.st) // SECTOR if self.st.chunk_shift else 0
-
-    @property
-    def valid(self):
-        """Whether the snapshot can be read."""
-        return bool(port_load32(&self.st.valid))
-
-    @valid.setter
-    def valid(self, bint valid):
-        port_store32(&self.st.valid, valid)
-
-    @property
-    def overflowed(self):
-        """Whether a write found no room ("PO"): reads go on, writes fail."""
-        return bool(port_load32(&self.st.overflowed))
-
-    @property
-    def nr_exceptions(self):
-        """Exceptions held, pending ones included."""
-        return self.st.exceptions.count
-
-    @property
-    def usage(self):
-        """(allocated, total, metadata) in sectors, as the status line prints them."""
-        cdef uint64_t chunk = chunk_bytes(&self.st) // SECTOR if self.st.chunk_shift else 0
-        metadata = (port_load64(&self.st.area) + 2) * chunk if self.st.persistent else 0
-        return port_load64(&self.st.next_free) * chunk, self.st.cow.size // SECTOR, metadata
-
-
-@cython.final
-cdef class Snapshot(TargetMap):
-    """snapshot and snapshot-merge. `store` is replaced by handover, under the gate."""
-
-    cdef snapshot s
-    cdef readonly Family family
-    cdef readonly ExceptionStore store
-    cdef readonly bint merging
-    cdef BlockDevice owner
-
-    def __init__(
-        self, start, length, BlockDevice origin not None, ExceptionStore store not None, *,
-        bint merging=False, bint discard_zeroes_cow=False, bint discard_passdown_origin=False,
-    ):
-        # The COW device comes first, as the kernel lists them: it was opened last.
-        self.devices = (store.cow, origin)
-        self.family = origin.family
-        self.merging = merging
-        self.t.map = merge_map if merging else snapshot_map
-        self.t.dev = &origin.d
-        self.t.snapshot = &self.s
-        self.s.family = &self.family.f
-        self.s.origin = &origin.d
-        self.s.end = self.t.start + self.t.length
-        self.s.merging = merging
-        self.s.discard_zeroes_cow = discard_zeroes_cow
-        self.s.discard_passdown_origin = discard_passdown_origin
-        self.use_store(store)
-
-    cdef void use_store(self, ExceptionStore store):
-        self.store = store
-        self.s.store = &store.st
-
-    def __dealloc__(self):
-        free(self.s.window)
-
-    @property
-    def active(self):
-        """Whether origin writes are copied out for it: from its first resume on."""
-        return self.s.active
-
-    def activate(self, BlockDevice owner not None):
-        """Get origin writes from now on, in the kernel's order: largest chunk first.
-
-        `owner` is the device told when the snapshot becomes invalid. Gate held exclusively.
-        """
-        cdef family *f = &self.family.f
-        cdef snapshot **snapshots
-        cdef int i
-        self.deactivate()
-        snapshots = <snapshot **>realloc(
-            f.snapshots, (f.nr_snapshots + 1) * sizeof(void *))
-        if snapshots == NULL:
-            raise MemoryError
-        f.snapshots = snapshots
-        i = f.nr_snapshots
-        while i > 0 and snapshots[i - 1].store.chunk_shift < self.s.store.chunk_shift:
-            snapshots[i] = snapshots[i - 1]
-            i -= 1
-        snapshots[i] = &self.s
-        f.nr_snapshots += 1
-        self.s.active = True
-        self.owner = owner
-        self.s.owner = &owner.d
-
-    def deactivate(self):
-        """Get no origin writes any more. The gate is held exclusively."""
-        cdef family *f = &self.family.f
-        cdef int i, kept = 0
-        for i in range(f.nr_snapshots):
-            if f.snapshots[i] != &self.s:
-                f.snapshots[kept] = f.snapshots[i]
-                kept += 1
-        f.nr_snapshots = kept
-        self.s.active = False
-        self.s.owner = NULL
-        self.owner = None
-
-    def hand_over(self, Snapshot source not None):
-        """Take over the store of `source`, which is left with this one's, invalid.
-
-        The letter P or PO is that of the new table. The gate is held exclusively.
-        """
-        cdef ExceptionStore mine = self.store, theirs = source.store
-        cdef uint64_t needed
-        theirs.st.overflow_supported, mine.st.overflow_supported = (
-            mine.st.overflow_supported, theirs.st.overflow_supported)
-        if theirs.st.chunk_shift:
-            needed = (max(self.s.end, self.s.origin.size) + chunk_bytes(&theirs.st) - 1
-                      ) >> theirs.st.chunk_shift
-            if exception_table_extend(&theirs.st.exceptions, needed):
-                raise MemoryError("Unable to allocate hash table space")
-        mine.st.valid = 0
-        self.use_store(theirs)
-        source.use_store(mine)
-
-    @property
-    def merge_failed(self):
-        """Whether a merge stopped on an error."""
-        return bool(port_load32(&self.s.merge_failed))
-
-    def merge(self):
-        """Merge one step: True if there is more. Raises DeviceIOError when the merge fails.
-
-        While a device on the way is suspended it answers None after a short wait.
-        """
-        cdef int rc
-        cdef uint64_t seen
-        with nogil:
-            port_read_lock(&self.s.origin.gate.lock)
-            seen = port_event_count(&self.s.origin.gate.changes)
-            rc = merge_step(&self.s)
-            port_read_unlock(&self.s.origin.gate.lock)
-            if rc == BIO_SUSPENDED:
-                port_event_wait(&self.s.origin.gate.changes, seen, 100)
-        if rc == BIO_SUSPENDED:
-            return None
-        if rc < 0:
-            raise DeviceIOError(
-                f"{self.owner}: merge of {self.store.cow} failed: {os.strerror(-rc)}", -rc)
-        return rc == 1
-
-    def lookup_many(self, chunks):
-        """Return the store chunk of each origin chunk, 2^64 - 1 where there is no exception.
-
-        Both are uint64 arrays.
-        """
-        import numpy
-
-        cdef const uint64_t[::1] old = numpy.ascontiguousarray(chunks, dtype=numpy.uint64)
-        result = numpy.empty(old.shape[0], dtype=numpy.uint64)
-        cdef uint64_t[::1] new = result
-        cdef uint64_t entry
-        cdef Py_ssize_t i
-        with nogil:
-            port_read_lock(&self.s.origin.gate.lock)
-            port_read_lock(&self.s.family.map)
-            for i in range(old.shape[0]):
-                entry = exception_find(&self.s.store.exceptions, old[i])
-                new[i] = entry_chunk(entry) if entry_complete(entry) else <uint64_t>-1
-            port_read_unlock(&self.s.family.map)
-            port_read_unlock(&self.s.origin.gate.lock)
-        return result
