@@ -26,6 +26,7 @@ from cow.errors import (
 from cow.image import Image
 from cow.table import ConciseDevice, Table, format_concise, parse_concise, quote_arg
 from cow.target import NameOf, all_targets
+from cow.targets.snapshot_merge import SnapshotMergeTarget
 
 MAJOR = 254
 MAX_NAME = 127
@@ -313,6 +314,22 @@ class Mapper:
                 raise DeviceNotFound(f"{name}: the device was removed")
             if left <= 0:
                 raise TimeoutError(f"{name}: no event after {event_nr} in {timeout} s")
+
+    def wait_merge(self, name: str, timeout: float | None = None) -> str:
+        """Wait until the merge of a device is over and return its status line; no need to poll.
+
+        The line tells how it ended: allocated equals metadata when all is merged, "Merge failed",
+        or neither when a suspend stopped it. TimeoutError after `timeout` seconds.
+        """
+        with self._lock:
+            device = self._device(name)
+            targets = device.live.targets if device.live else []
+            merges = [target for target in targets if isinstance(target, SnapshotMergeTarget)]
+            if not merges:
+                raise InvalidArgument(f"{name}: no snapshot-merge target")
+        if not merges[0].wait(timeout):
+            raise TimeoutError(f"{name}: still merging after {timeout} s: {self.status(name)}")
+        return self.status(name)
 
     @_locked
     def device(self, name: str) -> Device:

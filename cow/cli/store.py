@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -201,7 +200,7 @@ def _dump_json(store: Store, *, with_bytes: bool) -> None:
             if with_bytes:
                 row |= {"old_bytes": old * size, "new_bytes": new * size}
             lines.append(json.dumps(row))
-        sys.stdout.write(mark + ",\n".join(lines))
+        print(mark, ",\n".join(lines), sep="", end="")
         mark = ",\n"
     print("\n]}")
 

@@ -33,6 +33,14 @@ class SnapshotMergeTarget(SnapshotTarget):
             self._worker.stop()
             self._worker = None
 
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until the merge does not run any more: done, failed or stopped by a suspend.
+
+        False if it still runs after `timeout` seconds.
+        """
+        worker = self._worker
+        return worker is None or worker.wait(timeout)
+
     def release(self) -> None:
         self.presuspend()
         super().release()
@@ -58,6 +66,12 @@ class _Worker:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for the thread; False if it still runs."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -150,8 +150,7 @@ def merge_is_over(status: str) -> bool:
 
 def wait_merge(dm: Any, name: str) -> str:
     """Wait until the merge of `name` is over and return its status line."""
-    poll(lambda: merge_is_over(dm.status(name)))
-    return dm.status(name)
+    return dm.wait_merge(name, timeout=60)
 
 
 # --- images and an origin with its snapshots ----------------------------------------------------
