@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import fill, store_header, store_records, wait_merge
+from . import fill, merge_is_over, poll, store_header, store_records
 
 GOLDEN = Path(__file__).parent.parent / "data" / "kernel-golden"
 ERRNOS = {os.strerror(code): code for code in errno.errorcode}
@@ -133,7 +133,8 @@ class Replayer:
         return [self.numbered(line, 1) for line in self.dm.table().splitlines()]
 
     def do_waitmerge(self, name: str) -> list[str]:
-        return [self.numbered(wait_merge(self.dm, name), 0)]
+        poll(lambda: merge_is_over(self.dm.status(name)))
+        return [self.numbered(self.dm.status(name), 0)]
 
     def table(self, text: str) -> str:
         """Put our image paths and device names where the trace has @IMAGE and %NAME."""
