@@ -5,6 +5,7 @@ Each verb does what the dmsetup command of its name does, with the kernel's rule
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import threading
@@ -18,6 +19,7 @@ from cow.device import Device, DeviceInfo, close_devices
 from cow.errors import (
     DeviceBusy,
     DeviceNotFound,
+    ImageError,
     InvalidArgument,
     TableError,
     TableFormatError,
@@ -399,9 +401,11 @@ class Mapper:
         table.devices = context.opened
         try:
             device.load(table)
-        except TableError as error:
+        except BaseException as error:
             table.release()
             close_devices(table)
+            if not isinstance(error, TableError):
+                raise
             raise TableError(
                 error.text, error.errno, device=device.name, line=error.line
             ) from error
@@ -429,6 +433,8 @@ class Mapper:
         if image is None:
             return self._open_image(path, readonly=not writable)
         if writable and not image.writable:
+            if image.kept:
+                raise ImageError(f"{path}: the image was opened read-only", errno.EACCES)
             with self._gate:
                 image.make_writable()
         return image

@@ -117,8 +117,10 @@ class Table:
     @property
     def sectors(self) -> int:
         """The length of the device: where the last target ends."""
-        lines = self._lines[: len(self.targets)]
-        return lines[-1].start + lines[-1].length if lines else 0
+        if not self.targets:
+            return 0
+        last = self._lines[len(self.targets) - 1]
+        return last.start + last.length
 
     def check_limits(self) -> None:
         """Check sizes and alignment against the devices of now (dm_calculate_queue_limits)."""

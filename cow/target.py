@@ -54,6 +54,11 @@ class Target:
         Called once, when every line of the table is accepted: a refused table changes nothing.
         """
 
+    @property
+    def supports_discard(self) -> bool:
+        """Whether discards may be sent through it."""
+        return True
+
     def table_args(self, name_of: NameOf) -> str:
         """Return the arguments as a table line prints them."""
         raise NotImplementedError
@@ -61,11 +66,6 @@ class Target:
     def status(self, name_of: NameOf) -> str:
         """Return what a status line prints after the type."""
         return ""
-
-    @property
-    def supports_discard(self) -> bool:
-        """Whether discards may pass."""
-        return True
 
     def areas(self) -> Iterator[tuple[_core.BlockDevice, int, int]]:
         """Yield the (device, start, length) in sectors that the target needs to exist."""

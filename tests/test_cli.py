@@ -65,7 +65,7 @@ def words(verb: str, store: str) -> list[str]:
 
 def process(*args: str, **options) -> subprocess.CompletedProcess[bytes]:
     """Run the command in a process of its own."""
-    program = [sys.executable, "-m", "cow", *args]
+    program = [sys.executable, "-P", "-m", "cow", *args]
     options.setdefault("stdout", subprocess.PIPE)
     # argparse says nothing of a write that fails, so a buffer has to hold what it prints.
     options.setdefault("env", {**os.environ, "PYTHONUNBUFFERED": ""})
@@ -293,14 +293,14 @@ def test_a_closed_pipe_ends_even_the_version_quietly(option):
 
 
 def test_no_output_at_all_is_no_error(sound):
-    program = f'exec "{sys.executable}" -m cow store dump --json "{sound}" >&-'
+    program = f'exec "{sys.executable}" -P -m cow store dump --json "{sound}" >&-'
     done = subprocess.run(["sh", "-c", program], capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_starting_imports_no_numpy():
     program = "import sys; from cow.cli.main import main; main(['--version']); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, check=True)
     modules = done.stdout.decode().split()
     assert "cow.mapper" in modules
     assert "numpy" not in modules
@@ -315,7 +315,7 @@ from cow.cli.main import main
 cow.store.open = lambda path: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(main(["store", "info", {sound!r}]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 

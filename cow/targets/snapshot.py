@@ -50,7 +50,10 @@ class SnapshotTarget(Target):
         if self.features == ["discard_passdown_origin"]:
             raise TargetError("discard_passdown_origin feature depends on discard_zeroes_cow")
         self.origin = open_device(
-            context, args[0], "Cannot get origin device", writable=self.merging
+            context,
+            args[0],
+            "Cannot get origin device",
+            writable=self.merging or "discard_passdown_origin" in self.features,
         )
         # Written even where the table is read-only: copies for origin writes, a fresh header.
         self.cow = open_device(context, args[1], "Cannot get COW device", writable=True)
@@ -80,6 +83,16 @@ class SnapshotTarget(Target):
             _read_metadata(self.map.store, self._chunk_size, origin_size)
         self._members.append(self)
         _cow_users(self.cow).append(self)
+
+    @property
+    def supports_discard(self) -> bool:
+        """With discard_zeroes_cow; a COW device that itself has snapshots cannot take one."""
+        passdown = "discard_passdown_origin" in self.features
+        return (
+            "discard_zeroes_cow" in self.features
+            and self.cow.plain
+            and (not passdown or self.origin.supports_discard)
+        )
 
     # Two tables with the same origin and the same COW device: the one that is active is the source,
     # the one that is not is the destination of a handover.
@@ -163,11 +176,6 @@ class SnapshotTarget(Target):
     def areas(self) -> Iterator[tuple[_core.BlockDevice, int, int]]:
         yield self.origin, 0, self.length
         yield self.cow, 0, self.cow.sectors
-
-    @property
-    def supports_discard(self) -> bool:
-        """Only where discarding means something: the chunk reads as zeros then."""
-        return "discard_zeroes_cow" in self.features
 
 
 def _cow_users(cow: _core.BlockDevice) -> list[SnapshotTarget]:

@@ -14,7 +14,6 @@ class SnapshotOriginTarget(Target):
 
     name = "snapshot-origin"
     version = (1, 9, 0)
-    supports_discard = False
 
     def __init__(self, context: TargetContext, start: int, length: int, args: list[str]) -> None:
         if len(args) != 1:
@@ -28,6 +27,11 @@ class SnapshotOriginTarget(Target):
 
     def table_args(self, name_of: NameOf) -> str:
         return name_of(self.dev)
+
+    @property
+    def supports_discard(self) -> bool:
+        """Never: it would destroy what the snapshots still share."""
+        return False
 
     def areas(self) -> Iterator[tuple[_core.BlockDevice, int, int]]:
         yield self.dev, 0, self.length
