@@ -509,11 +509,14 @@ cdef class FileDevice(BlockDevice):
         exclusively then.
         """
         cdef void *base
+        cdef int protection
         cdef int rc = port_install_sigbus()
         if rc:
             raise ImageError(f"{self}: no SIGBUS handler: {os.strerror(-rc)}", -rc)
-        base = mmap(NULL, size, PROT_READ | (PROT_WRITE if writable else 0),
-                    MAP_SHARED | MAP_NORESERVE, fd, 0)
+        protection = PROT_READ
+        if writable:
+            protection |= PROT_WRITE
+        base = mmap(NULL, size, protection, MAP_SHARED | MAP_NORESERVE, fd, 0)
         if base == MAP_FAILED:
             rc = errno
             raise ImageError(f"{self}: cannot map {size} bytes: {os.strerror(rc)}", rc)
@@ -628,7 +631,7 @@ cdef class MappedDevice(BlockDevice):
         cdef family **locks = NULL
         families = sorted(families, key=lambda f: f.number)
         if families:
-            locks = <family **>malloc(len(families) * sizeof(family *))
+            locks = <family **>malloc(<size_t>len(families) * sizeof(family *))
             if locks == NULL:
                 raise MemoryError
         for i, f in enumerate(families):

@@ -84,7 +84,7 @@ cdef int extents_append(bio *b, uint64_t length, int source, bint zero) noexcept
     last.offset = e.start + b.done
     last.length = length
     last.source = <uint8_t>source
-    last.zero = zero
+    last.zero = 1 if zero else 0
     e.count += 1
     return 0
 

@@ -100,7 +100,7 @@ cdef class ExceptionStore:
 
     @valid.setter
     def valid(self, bint valid):
-        port_store32(&self.st.valid, valid)
+        port_store32(&self.st.valid, 1 if valid else 0)
 
     @property
     def overflowed(self):
@@ -171,7 +171,7 @@ cdef class Snapshot(TargetMap):
         cdef int i
         self.deactivate()
         snapshots = <snapshot **>realloc(
-            f.snapshots, (f.nr_snapshots + 1) * sizeof(void *))
+            f.snapshots, <size_t>(f.nr_snapshots + 1) * sizeof(void *))
         if snapshots == NULL:
             raise MemoryError
         f.snapshots = snapshots

@@ -244,9 +244,10 @@ cdef int store_take(store *st, uint64_t old_chunk, uint64_t first, uint64_t coun
         return rc
     for i in range(count):
         exception_set(&st.exceptions, old_chunk + i, (first + i + 1) | ENTRY_PENDING)
-    st.next_free = first + count
-    if st.persistent and is_metadata_chunk(st, st.next_free):
-        st.next_free += 1
+    first += count
+    if st.persistent and is_metadata_chunk(st, first):
+        first += 1
+    port_store64(&st.next_free, first)
     return 0
 
 

@@ -12,8 +12,8 @@ cdef class Map:
         cdef int i
         self.targets = tuple(targets)
         self.t.nr_targets = <int>len(self.targets)
-        self.t.targets = <target **>malloc(self.t.nr_targets * sizeof(void *))
-        self.t.ends = <uint64_t *>malloc(self.t.nr_targets * sizeof(uint64_t))
+        self.t.targets = <target **>malloc(<size_t>self.t.nr_targets * sizeof(void *))
+        self.t.ends = <uint64_t *>malloc(<size_t>self.t.nr_targets * sizeof(uint64_t))
         if self.t.targets == NULL or self.t.ends == NULL:
             raise MemoryError
         for i in range(self.t.nr_targets):
@@ -60,8 +60,8 @@ cdef class Striped(TargetMap):
         self.devices = tuple([leg[0] for leg in legs])
         self.t.map = striped_map
         self.t.chunk_size = chunk_size * SECTOR
-        self.t.nr_stripes = len(legs)
-        self.t.stripes = <stripe *>malloc(len(legs) * sizeof(stripe))
+        self.t.nr_stripes = <uint64_t>len(legs)
+        self.t.stripes = <stripe *>malloc(self.t.nr_stripes * sizeof(stripe))
         if self.t.stripes == NULL:
             raise MemoryError
         for i in range(len(legs)):
@@ -92,9 +92,10 @@ cdef class Error(TargetMap):
 cdef class FilterTarget(TargetMap):
     """A linear target that asks Python about every request: the way to write a target in Python.
 
-    start(op, sector, nr_sectors) is called before, with op "read", "write", "discard" or "flush".
-    It may sleep, raise an OSError (the request fails with its errno), or return PASS, DROP or
-    MANGLE; after MANGLE, mangle(op, data) may change the bytes in a writable memoryview.
+    start(op, offset, length) is called before, with op "read", "write", "discard" or "flush" and
+    bytes counted from the start of the target. It may sleep, raise an OSError (the request fails
+    with its errno), or return PASS, DROP or MANGLE; after MANGLE, mangle(op, offset, data) sees the
+    bytes in a writable memoryview, a write's before they are written, and may change them.
     """
 
     PASS = FILTER_PASS
@@ -110,11 +111,11 @@ cdef class FilterTarget(TargetMap):
         self.t.dev_start = dev_start * SECTOR
         self.t.object = <void *>self
 
-    def start(self, op, sector, nr_sectors):
+    def start(self, op, offset, length):
         """Decide about a request before it is passed down."""
         return FILTER_PASS
 
-    def mangle(self, op, data):
+    def mangle(self, op, offset, data):
         """Change the data of a read on its way up, or of a write on its way down."""
 
 
@@ -124,17 +125,18 @@ cdef str op_name(int op):
 
 cdef int filter_ask(target *t, int op, uint64_t offset, uint64_t length) noexcept with gil:
     try:
-        return (<FilterTarget>t.object).start(
-            op_name(op), (offset - t.start) // SECTOR, length // SECTOR)
+        return (<FilterTarget>t.object).start(op_name(op), offset - t.start, length)
     except OSError as error:
         return -(error.errno or EIO)
     except BaseException:
         return -EIO
 
 
-cdef int filter_mangle(target *t, int op, uint8_t *data, uint64_t length) noexcept with gil:
+cdef int filter_mangle(
+    target *t, int op, uint64_t offset, uint8_t *data, uint64_t length
+) noexcept with gil:
     try:
-        (<FilterTarget>t.object).mangle(op_name(op), <uint8_t[:length]>data)
+        (<FilterTarget>t.object).mangle(op_name(op), offset - t.start, memoryview(<uint8_t[:length]>data))
         return 0
     except OSError as error:
         return -(error.errno or EIO)

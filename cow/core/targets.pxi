@@ -212,14 +212,14 @@ cdef int filter_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcep
         bio_init(&inner, READ, emit_read, bounce)
         rc = device_map(t.dev, &inner, below, length)
         if rc == 0:
-            rc = filter_mangle(t, b.op, bounce, length)
+            rc = filter_mangle(t, b.op, offset, bounce, length)
         if rc == 0:
             rc = port_copy(b.data + b.done, bounce, length)
             b.done += length
     else:
         rc = port_copy(bounce, b.data + b.done, length) if b.data != NULL else 0
         if rc == 0:
-            rc = filter_mangle(t, b.op, bounce, length)
+            rc = filter_mangle(t, b.op, offset, bounce, length)
         if rc == 0:
             bio_init(&inner, WRITE, emit_write, bounce)
             rc = device_map(t.dev, &inner, below, length)

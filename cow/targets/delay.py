@@ -63,7 +63,7 @@ class _Delay(_core.FilterTarget):
         self.outstanding = dict.fromkeys(GROUPS, 0)
         self._lock = threading.Lock()
 
-    def start(self, op: str, sector: int, nr_sectors: int) -> int:
+    def start(self, op: str, offset: int, length: int) -> int:
         group = "write" if op == "discard" else op
         with self._lock:
             self.outstanding[group] += 1

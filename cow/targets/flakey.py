@@ -109,7 +109,7 @@ class _Flakey(_core.FilterTarget):
         self.up, self.down, self.features = target.up, target.down, target.features
         self.began = time.monotonic()
 
-    def start(self, op: str, sector: int, nr_sectors: int) -> int:
+    def start(self, op: str, offset: int, length: int) -> int:
         if (time.monotonic() - self.began) % (self.up + self.down) < self.up:
             return self.PASS
         features = self.features
@@ -129,7 +129,7 @@ class _Flakey(_core.FilterTarget):
             return self.MANGLE
         return self.PASS
 
-    def mangle(self, op: str, data: memoryview) -> None:
+    def mangle(self, op: str, offset: int, data: memoryview) -> None:
         nth, way, value, _ = self.features.get("corrupt_bio_byte", [0, "", 0, 0])
         if way == op[0] and nth <= len(data):
             data[nth - 1] = value
