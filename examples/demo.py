@@ -82,6 +82,13 @@ def typed(*commands: str) -> None:
         print(f"   $ {first}", *(f"     {line}" for line in rest), sep="\n", flush=True)
 
 
+def called(*calls: str) -> None:
+    """Print what is asked of the mapper, as the user would write it in Python."""
+    for call in calls:
+        first, *rest = call.splitlines()
+        print(f"   >>> {first}", *(f"   ... {line}" for line in rest), sep="\n", flush=True)
+
+
 class Bar:
     """A progress bar on one line; where the output is not a terminal only its end is printed."""
 
@@ -332,7 +339,7 @@ def map_pieces(dm: cow.Mapper, blocks: np.ndarray) -> None:
         with open(name, "xb") as file:
             file.truncate(size)
     typed(*(f"truncate -s {size // MIB}M {name}" for name, size in IMAGES.items()))
-    typed(f"cow dm create base-real <<END\n{BASE_REAL_TABLE}\nEND")
+    called(f'dm.create("base-real", """\n{BASE_REAL_TABLE}\n""")')
     dm.create("base-real", BASE_REAL_TABLE)
     device = dm.device("base-real")
     bar = Bar("write ext4.img to base-real")
@@ -348,13 +355,13 @@ def map_pieces(dm: cow.Mapper, blocks: np.ndarray) -> None:
 def take_snapshot(dm: cow.Mapper) -> None:
     """Put an origin over base-real and a persistent snapshot beside it, as LVM does."""
     title("An origin and a snapshot, LVM's way")
-    typed(f'cow dm create base --table "{BASE_TABLE}"')
+    called(f'dm.create("base", "{BASE_TABLE}")')
     dm.create("base", BASE_TABLE)
-    typed(
-        f"truncate -s {STORE_SIZE // MIB}M snap.cow",
-        "cow dm suspend base",
-        f'cow dm create snap --table "{SNAP_TABLE}"',
-        "cow dm resume base",
+    typed(f"truncate -s {STORE_SIZE // MIB}M snap.cow")
+    called(
+        'dm.suspend("base")',
+        f'dm.create("snap", "{SNAP_TABLE}")',
+        'dm.resume("base")',
     )
     with open("snap.cow", "xb") as file:
         file.truncate(STORE_SIZE)
@@ -423,11 +430,11 @@ def prove_both(
 def merge_back(dm: cow.Mapper, old: np.ndarray) -> None:
     """Merge the snapshot into its origin and watch the status until it is done."""
     title("Merging the snapshot back")
-    typed(
-        f'cow dm load base --table "{MERGE_TABLE}"',
-        "cow dm suspend snap",
-        "cow dm suspend base",
-        "cow dm resume base",
+    called(
+        f'dm.load("base", "{MERGE_TABLE}")',
+        'dm.suspend("snap")',
+        'dm.suspend("base")',
+        'dm.resume("base")',
     )
     allocated, _, metadata = usage(dm.status("snap"))
     chunks = (allocated - metadata) // 8
@@ -451,11 +458,11 @@ def merge_back(dm: cow.Mapper, old: np.ndarray) -> None:
         time.sleep(0.0005)
     if not np.array_equal(read_device(dm.device("base")), old):
         raise DemoError("the origin has other bytes than the snapshot had")
-    typed(f'cow dm load snap --table "{ERROR_TABLE}"', "cow dm resume snap", "cow dm remove snap")
+    called(f'dm.load("snap", "{ERROR_TABLE}")', 'dm.resume("snap")', 'dm.remove("snap")')
     dm.load("snap", ERROR_TABLE)
     dm.resume("snap")
     dm.remove("snap")
-    typed(f'cow dm load base --table "{LINEAR_TABLE}"', "cow dm resume base")
+    called(f'dm.load("base", "{LINEAR_TABLE}")', 'dm.resume("base")')
     dm.load("base", LINEAR_TABLE)
     dm.resume("base")
 
@@ -463,7 +470,7 @@ def merge_back(dm: cow.Mapper, old: np.ndarray) -> None:
 def prove_merged(dm: cow.Mapper, tools: E2fsprogs, blocks: np.ndarray, tree: Tree) -> None:
     """Prove that the origin is the old file system again."""
     title("The origin is the old file system again")
-    typed("cow dm table")
+    called("print(dm.table())")
     for line in dm.table().splitlines():
         say(line)
     found = read_device(dm.device("base"))

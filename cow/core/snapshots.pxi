@@ -116,8 +116,10 @@ cdef class ExceptionStore:
     def usage(self):
         """(allocated, total, metadata) in sectors, as the status line prints them."""
         cdef uint64_t chunk = chunk_bytes(&self.st) // SECTOR if self.st.chunk_shift else 0
-        metadata = (port_load64(&self.st.area) + 2) * chunk if self.st.persistent else 0
-        return port_load64(&self.st.next_free) * chunk, self.st.cow.size // SECTOR, metadata
+        # In this order: a merge counts both down, and must not look done before it is.
+        cdef uint64_t allocated = port_load64(&self.st.next_free) * chunk
+        cdef uint64_t metadata = (port_load64(&self.st.area) + 2) * chunk
+        return allocated, self.st.cow.size // SECTOR, metadata if self.st.persistent else 0
 
 
 @cython.final

@@ -136,7 +136,8 @@ cdef int filter_mangle(
     target *t, int op, uint64_t offset, uint8_t *data, uint64_t length
 ) noexcept with gil:
     try:
-        (<FilterTarget>t.object).mangle(op_name(op), offset - t.start, memoryview(<uint8_t[:length]>data))
+        (<FilterTarget>t.object).mangle(
+            op_name(op), offset - t.start, memoryview(<uint8_t[:length]>data))
         return 0
     except OSError as error:
         return -(error.errno or EIO)
