@@ -287,6 +287,47 @@ def test_remove_frees_the_name_and_the_minor(dm):
     assert dm.create("one", "0 8 zero").minor == 2
 
 
+def test_a_snapshot_on_a_suspended_cow_device_is_refused_and_does_not_wait(dm, tmp_path):
+    origin, store = image(tmp_path / "b.img", 64), image(tmp_path / "c.img", 64)
+    dm.create("cow", f"0 64 linear {store} 0")
+    dm.suspend("cow")
+    assert refused(dm.create, "snap", f"0 64 snapshot {origin} cow P 8") == errno.EINVAL
+    dm.resume("cow")
+    dm.create("snap", f"0 64 snapshot {origin} cow P 8")
+    assert dm.status("snap") == "0 64 snapshot 16/64 16"
+
+
+def test_a_table_that_would_copy_into_its_own_snapshots_is_refused(dm, tmp_path):
+    origin, store = image(tmp_path / "b.img", 64), image(tmp_path / "c.img", 64)
+    dm.create("cow", f"0 64 linear {store} 0")
+    dm.create("snap", f"0 64 snapshot {origin} cow P 8")
+    dm.create("base", f"0 64 snapshot-origin {origin}")
+    dm.load("cow", "0 64 linear base 0")
+    assert refused(dm.resume, "cow") == errno.ELOOP
+    assert dm.table("cow") == f"0 64 linear {store} 0"
+
+
+def test_an_image_opened_read_only_stays_so(dm, tmp_path):
+    path = image(tmp_path / "b.img", 64)
+    dm.image(path, readonly=True)
+    assert refused(dm.create, "dev", f"0 64 linear {path} 0") == errno.EACCES
+    dm.create("dev", f"0 64 linear {path} 0", readonly=True)
+    assert refused(dm.device("dev").pwrite, b"x", 0) == errno.EPERM
+
+
+def test_a_growing_image_gets_its_file_as_it_is_written(dm, tmp_path):
+    origin, store = image(tmp_path / "b.img", 4096), image(tmp_path / "c.img", 16)
+    dm.image(store, size=4096 * SECTOR)
+    dm.create("base", f"0 4096 snapshot-origin {origin}")
+    dm.create("snap", f"0 4096 snapshot {origin} {store} P 8")
+    assert dm.status("snap") == "0 4096 snapshot 16/4096 16"
+    dm.device("base").pwrite(b"x" * 1024 * SECTOR, 0)
+    assert dm.device("snap").pread(4096 * SECTOR, 0) == bytes(4096 * SECTOR)
+    size = (tmp_path / "c.img").stat().st_size
+    assert 1040 * SECTOR <= size <= 4096 * SECTOR
+    assert len(cow.store.open(store).exceptions) == 128
+
+
 def test_remove_takes_a_suspended_device(dm):
     dm.create("dev", "0 8 zero")
     dm.suspend("dev")

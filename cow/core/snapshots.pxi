@@ -40,6 +40,21 @@ cdef class ExceptionStore:
             raise StoreError(f"{self.cow}: {what}: {os.strerror(-rc)}", -rc)
         return 0
 
+    def pread(self, Py_ssize_t size, uint64_t offset):
+        """Read from the COW device; where that is suspended it fails and does not wait."""
+        cdef bytes result = PyBytes_FromStringAndSize(NULL, size)
+        cdef uint8_t *data = <uint8_t *>PyBytes_AS_STRING(result)
+        cdef int rc
+        with nogil:
+            port_read_lock(&self.st.cow.gate.lock)
+            rc = read_device(self.st.cow, data, offset, <uint64_t>size)
+            port_read_unlock(&self.st.cow.gate.lock)
+        self.check(rc, "cannot read the header")
+        return result
+
+    def __str__(self):
+        return str(self.cow)
+
     def configure(self, uint64_t chunk_size, uint64_t origin_size):
         """Set the chunk size (sectors, a power of 2) and reserve the exception table.
 

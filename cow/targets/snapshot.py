@@ -243,7 +243,7 @@ def _read_persistent(store_: _core.ExceptionStore, chunk_size: int, origin_size:
         raise TargetError(
             f"{cow} has {cow.sectors} sectors, less than one chunk of {provisional}", errno.EIO
         )
-    header = store.read_header(cow)
+    header = store.read_header(store_)
     if header is None:
         store_.configure(provisional, origin_size)
         store_.format()
