@@ -25,6 +25,7 @@ VERBS = {
     "store info": ["{}"],
     "store dump": ["{}"],
     "store check": ["{}"],
+    "store repair": ["{}", "{}.new"],
 }
 EVERY_VERB = pytest.mark.parametrize("verb", VERBS)
 RECORDS = [(5, 2), (6, 3), (3, 4), (12, 5), (14, 6)]
@@ -152,7 +153,7 @@ def test_a_missing_file_is_an_error(verb, tmp_path, run):
 def test_a_directory_is_an_error(verb, tmp_path, run):
     status, out, err = run(*words(verb, str(tmp_path)))
     assert (status, out) == (1, "")
-    assert err == f"cow: {tmp_path}: cannot read: Is a directory\n"
+    assert err == f"cow: {tmp_path}: neither a file nor a block device\n"
 
 
 @EVERY_VERB
@@ -591,3 +592,72 @@ def test_check_of_several_files_says_which(sound, put, tmp_path, run):
     assert status == 1
     assert [line.split(": ")[0] for line in out.splitlines()] == [bad, sound]
     assert_one_line(err, f"{missing}: no such file")
+
+
+# --- store repair ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(put):
+    """The path of a store whose second and fourth exceptions cannot be right."""
+    return put(store_bytes([(5, 2), (6, 1000), (3, 4), (5, 5), (14, 6)]))
+
+
+def test_repair_keeps_what_is_sound_and_says_what_is_lost(damaged, tmp_path, run):
+    output = str(tmp_path / "new.cow")
+    before = Path(damaged).read_bytes()
+    status, out, err = run("store", "repair", damaged, output)
+    assert (status, err) == (1, "")
+    assert f"{damaged}: area 0, record 1: new chunk 1000 is past the end" in out
+    assert f"{damaged}: area 0, record 3: old chunk 5 has an exception already" in out
+    assert out.endswith(f"{output}: 3 exceptions kept, 2 lost\n")
+    assert Path(damaged).read_bytes() == before
+    assert cow.store.open(output).exceptions.tolist() == [[5, 2], [3, 3], [14, 4]]
+    assert cow.store.check(output) == []
+
+
+def test_repair_moves_the_data_with_its_exception(put, tmp_path, run):
+    data = bytearray(store_bytes([(7, 1), (8, 3)]))
+    data[3 * 4096 : 4 * 4096] = b"kept" * 1024
+    output = tmp_path / "new.cow"
+    assert run("store", "repair", put(data), str(output))[0] == 1
+    assert output.read_bytes()[2 * 4096 : 3 * 4096] == b"kept" * 1024
+
+
+def test_repair_of_a_damaged_header_takes_the_chunk_size_from_the_command_line(put, tmp_path, run):
+    data = bytearray(store_bytes(RECORDS))
+    data[:16] = b"\xff" * 16
+    store, output = put(data), str(tmp_path / "new.cow")
+    assert run("store", "repair", store, output)[0] == 1
+    assert not os.path.exists(output)
+    status, out, err = run("store", "repair", store, output, "--chunk-size", "8")
+    assert (status, err) == (0, "")
+    assert out.endswith(f"{output}: 5 exceptions kept, 0 lost\n")
+    assert cow.store.open(output).exceptions.tolist() == [list(pair) for pair in RECORDS]
+
+
+def test_repair_refuses_a_store_marked_invalid_unless_forced(put, tmp_path, run):
+    data = bytearray(store_bytes(RECORDS))
+    data[4:8] = bytes(4)
+    store, output = put(data), str(tmp_path / "new.cow")
+    status, out, err = run("store", "repair", store, output)
+    assert (status, out) == (1, "")
+    assert_one_line(err, "marked invalid")
+    assert run("store", "repair", store, output, "--force")[0] == 0
+    assert cow.store.open(output).valid
+
+
+def test_repair_does_not_write_over_a_file(sound, put, run):
+    there = put(b"precious", "there")
+    status, out, err = run("store", "repair", sound, there)
+    assert (status, out) == (1, "")
+    assert_one_line(err, f"{there}: exists already")
+    assert Path(there).read_bytes() == b"precious"
+
+
+def test_repair_drops_exceptions_past_the_end_of_the_origin(sound, tmp_path, run):
+    output = str(tmp_path / "new.cow")
+    status, out, _ = run("store", "repair", sound, output, "--origin-size", "100", "--json")
+    result = json.loads(out)
+    assert (status, result["kept"], result["lost"]) == (1, 4, 1)
+    assert result["findings"][0]["kind"] == "old-range"

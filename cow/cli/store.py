@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import cow
 from cow.cli import FAILED, OK, Verb, describe, group, printable, report_error
 from cow.store import Finding, Store
-from cow.units import bytes_of, sectors
+from cow.units import SECTOR_SIZE, bytes_of
 
 ROWS_AT_ONCE = 1 << 16
 """How many exceptions are printed in one go."""
@@ -39,16 +40,6 @@ def _add_dump(parser: argparse.ArgumentParser) -> None:
 # ---- info
 
 
-def usage(store: Store) -> tuple[int, int, int]:
-    """Return allocated, total and metadata in sectors, as a device with this store prints them."""
-    newest = int(store.exceptions[:, 1].max(initial=1))
-    allocated = newest + 1
-    if allocated % (store.exceptions_per_area + 1) == 1:  # never handed out: a metadata area
-        allocated += 1
-    metadata = store.nr_exceptions // store.exceptions_per_area + 2
-    return allocated * store.chunk_size, sectors(store.size), metadata * store.chunk_size
-
-
 def percent_full(allocated: int, total: int, metadata: int) -> float:
     """Return the percentage that LVM shows: 0 and 100 only where nothing or everything is used."""
     if allocated == metadata:
@@ -60,7 +51,7 @@ def percent_full(allocated: int, total: int, metadata: int) -> float:
 
 def _describe_store(path: str) -> dict[str, Any]:
     with cow.store.open(path) as store:
-        allocated, total, metadata = usage(store)
+        allocated, total, metadata = store.usage
         return {
             "path": path,
             "valid": store.valid,
@@ -103,9 +94,7 @@ def _info(options: argparse.Namespace) -> int:
 def _check_store(path: str) -> dict[str, Any]:
     try:
         valid = cow.store.open(path).valid
-    except cow.StoreError as error:
-        if isinstance(error.__cause__, OSError):  # it cannot be read, so nothing is known of it
-            raise
+    except cow.StoreError:
         valid = None
     findings = [_finding(path, finding) for finding in cow.store.check(path)]
     return {"path": path, "sound": not findings, "valid": valid, "findings": findings}
@@ -205,6 +194,50 @@ def _dump_json(store: Store, *, with_bytes: bool) -> None:
     print("\n]}")
 
 
+# ---- repair
+
+
+def _add_repair(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the damaged COW store; it is only read")
+    parser.add_argument("output", metavar="OUTPUT", help="the new store; it must not exist")
+    parser.add_argument(
+        "--chunk-size", type=int, metavar="SECTORS", help="needed where the header is damaged"
+    )
+    parser.add_argument(
+        "--origin-size", type=int, metavar="SECTORS", help="drop exceptions past this size too"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="take a store that is marked invalid as well"
+    )
+    _add_json(parser)
+
+
+def _repair(options: argparse.Namespace) -> int:
+    done = cow.store.repair(
+        options.file,
+        options.output,
+        chunk_size=options.chunk_size,
+        origin_size=None if options.origin_size is None else options.origin_size * SECTOR_SIZE,
+        force=options.force,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    findings = [_finding(options.file, finding) for finding in done.findings]
+    lost = sum(finding["kind"].startswith(("old-", "new-")) for finding in findings)
+    result = {"path": options.file, "output": options.output, "kept": done.kept, "lost": lost}
+    if options.json:
+        print(json.dumps(result | {"findings": findings}, indent=2))
+    else:
+        _print_check({"path": options.file, "sound": False, "findings": findings})
+        print(f"{printable(options.output)}: {done.kept} exceptions kept, {lost} lost")
+    return FAILED if lost else OK
+
+
+def _show_progress(done: int, total: int) -> None:
+    if done == total or done % max(1, total // 100) == 0:
+        end = "\n" if done == total else ""
+        print(f"\r{done} of {total} exceptions", end=end, file=sys.stderr, flush=True)
+
+
 INFO_EPILOG = """\
 Allocated, total and metadata are those of the status line of a snapshot with this store, in
 sectors of 512 bytes; full is the percentage that lvs shows for it, 100.00 if it is invalid.
@@ -223,6 +256,12 @@ stand in a store, so old chunks past its end are not found.
 JSON: a list with one object a file.
 """
 
+REPAIR_EPILOG = """\
+Copies every exception that can be right, with its data, into a new store. Each one that is lost
+gets a line; the status is 1 if any was. Of two exceptions for the same chunk the first is kept.
+JSON: one object.
+"""
+
 VERB = group(
     "store",
     "look at COW stores",
@@ -232,6 +271,7 @@ VERB = group(
         ),
         Verb("dump", "print every exception", _add_dump, _dump, DUMP_EPILOG),
         Verb("check", "look for damage", _add_files, _check, CHECK_EPILOG),
+        Verb("repair", "keep what can be kept in a new store", _add_repair, _repair, REPAIR_EPILOG),
     ),
-    "A COW store is the file of a persistent snapshot (P or PO). It is only read.",
+    "A COW store is the file of a persistent snapshot (P or PO). No verb changes it.",
 )
