@@ -255,9 +255,9 @@ def _look_for_damage(
     tail = store.areas.reshape(-1, 2)[store.nr_exceptions :]
     behind = numpy.flatnonzero(tail.any(axis=1))
     if len(behind):
-        i = store.nr_exceptions + int(behind[0])
+        first = store.nr_exceptions + int(behind[0])
         text = "something stands behind the last exception; the next ones replace it"
-        findings.append(Finding("tail", i // per_area, i % per_area, text))
+        findings.append(Finding("tail", first // per_area, first % per_area, text))
     return findings, sound
 
 
