@@ -5,8 +5,10 @@ ASAN := LD_PRELOAD=$$(gcc -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc
 TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 
+FUZZ_SECONDS ?= 60
+
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint format sdist debug asan tsan coverage clean
+.PHONY: help setup build demo test bench lint format sdist debug asan tsan fuzz coverage clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z ]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -17,7 +19,8 @@ setup build: ## Install what is missing, make .venv, build the extension (the ot
 demo: setup ## Run the main job on a real ext4 image
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: setup ## Run the tests; ARGS="--seed N" repeats a run, ARGS="-k WORD" picks tests
+test: ## Run the tests; ARGS="--seed N" repeats a run, ARGS="-k WORD" picks tests
+	@tools/setup test
 	@$(BIN)/pytest $(ARGS)
 
 bench: setup ## Run the benchmarks, each beside its baseline
@@ -49,6 +52,17 @@ asan: ## Test a build with the address and undefined-behaviour sanitizers
 tsan: ## Test a build with the thread sanitizer
 	@COW_BUILD=$@ tools/setup
 	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(TSAN) $(BIN)/pytest $(ARGS)
+
+fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; what is found goes to build/corpus
+	@COW_BUILD=$@ tools/setup fuzz
+	@for name in table concise store program; do \
+		mkdir -p build/corpus/$$name; \
+		echo "fuzz: $$name, $(FUZZ_SECONDS) s"; \
+		PYTHONPATH='$(CURDIR)/build/$@/lib' $(ASAN) $(BIN)/python fuzz/main.py $$name \
+			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+			-artifact_prefix=build/corpus/found-$$name- \
+			$(ARGS) build/corpus/$$name fuzz/corpus/$$name || exit; \
+	done
 
 coverage: ## Report the lines that no test runs, the extension's too (any Python but 3.12)
 	@COW_BUILD=$@ tools/setup dev

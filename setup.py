@@ -1,6 +1,6 @@
 """Describe the one extension module; everything else is in pyproject.toml.
 
-COW_BUILD picks a profile: release (the default), debug, coverage, asan or tsan.
+COW_BUILD picks a profile: release (the default), debug, coverage, asan, tsan or fuzz.
 """
 
 import os
@@ -14,29 +14,29 @@ WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wno-unused-parameter"]
 # Not an error: the C of a try inside an except clause shadows a variable of Cython's own.
 WARNINGS += ["-Wshadow", "-Wno-error=shadow"]
 TRACEABLE = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 # Profile -> (compile flags, link flags). Python adds -DNDEBUG by itself; -UNDEBUG arms c_assert.
 PROFILES = {
     "release": (["-O3"], []),
     "debug": (["-O0", "-g3", "-UNDEBUG", "-Werror", *WARNINGS], []),
     "coverage": (["-O0", "-DCYTHON_TRACE_NOGIL=1", "-DCYTHON_USE_SYS_MONITORING=0"], []),
-    "asan": (
-        [*TRACEABLE, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-        ["-fsanitize=address,undefined"],
-    ),
+    "asan": ([*TRACEABLE, *ADDRESS], ADDRESS),
     "tsan": ([*TRACEABLE, "-fsanitize=thread"], ["-fsanitize=thread"]),
+    # GCC cannot make clang's counters: fuzz/coverage.c does.
+    "fuzz": ([*TRACEABLE, *ADDRESS, "-fsanitize-coverage=trace-pc,trace-cmp"], ADDRESS),
 }
 
 profile = os.environ.get("COW_BUILD") or "release"
 if profile not in PROFILES:
     raise SystemExit(f"COW_BUILD={profile}: not one of {', '.join(PROFILES)}")
 compile_flags, link_flags = PROFILES[profile]
-checked = profile in ("debug", "asan", "tsan")
+checked = profile in ("debug", "asan", "tsan", "fuzz")
 traced = profile == "coverage"
 
 core = Extension(
     "cow._core",
-    ["cow/_core.pyx"],
+    ["cow/_core.pyx", *(["fuzz/coverage.c"] if profile == "fuzz" else [])],
     depends=sorted(glob("cow/core/*.pxi") + glob("cow/core/*.h")),
     include_dirs=["cow/core"],
     extra_compile_args=["-pthread", *compile_flags],

@@ -35,3 +35,4 @@ include "core/look.pxi"         # extents and views
 include "core/devices.pxi"      # Gate, Family, BlockDevice, FileDevice, MappedDevice
 include "core/tables.pxi"       # Map, and an object for each target
 include "core/snapshots.pxi"    # ExceptionStore, Snapshot
+include "core/nbd.pxi"          # NBD from socket to image

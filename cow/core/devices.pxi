@@ -42,6 +42,7 @@ cdef struct operation:
 
 cdef int operation_run(device *d, operation *o) noexcept nogil:
     cdef bio b
+    cdef int rc
     if d.removed:
         return -ENXIO
     if o.op == OP_READ:
@@ -59,7 +60,8 @@ cdef int operation_run(device *d, operation *o) noexcept nogil:
     else:
         bio_init(&b, EXTENTS, o.emit, NULL)
         b.context = o.context
-    return request(d, &b, o.offset, o.length)
+    rc = request(d, &b, o.offset, o.length)
+    return -EOPNOTSUPP if rc == BIO_SHARED else rc      # a discard prepares nothing
 
 
 @cython.final

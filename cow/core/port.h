@@ -138,6 +138,21 @@ static inline void port_store32(uint32_t *p, uint32_t v)
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
+/* Big-endian numbers of the wire, at any address. */
+static inline uint64_t port_get_be(const uint8_t *p, int size)
+{
+	uint64_t value = 0;
+	for (int i = 0; i < size; i++)
+		value = value << 8 | p[i];
+	return value;
+}
+
+static inline void port_put_be(uint8_t *p, int size, uint64_t value)
+{
+	for (int i = size - 1; i >= 0; i--, value >>= 8)
+		p[i] = (uint8_t)value;
+}
+
 /* On disk everything is little-endian; memory is on every machine this builds for. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the COW store is little-endian");
 

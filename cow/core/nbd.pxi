@@ -1,0 +1,377 @@
+# NBD's transmission phase: from the socket to the image and back without Python.
+#
+# One thread a connection. Requests are taken from a buffer as large as what has arrived, and
+# replies collected in another; it is sent when nothing complete is left to answer, so a client that
+# keeps many requests in flight costs two system calls for all of them. The numbers are those of the
+# protocol's description (proto.md of the NetworkBlockDevice project), all of them big-endian.
+
+cdef extern from "port.h" nogil:
+    uint64_t port_get_be(const uint8_t *p, int size)
+    void port_put_be(uint8_t *p, int size, uint64_t value)
+
+cdef extern from "<sys/socket.h>" nogil:
+    int64_t recv(int fd, void *data, size_t size, int flags)
+    int64_t send(int fd, const void *data, size_t size, int flags)
+    int shutdown(int fd, int how)
+    enum: MSG_NOSIGNAL, SHUT_RDWR
+
+cdef enum:
+    NBD_REQUEST_MAGIC = 0x25609513
+    NBD_SIMPLE_REPLY_MAGIC = 0x67446698
+    NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef
+    NBD_REQUEST_SIZE = 28
+    NBD_MAX_PAYLOAD = 1 << 25
+    NBD_BUFFER = 1 << 18            # both buffers, at first; replies are sent when they reach it
+    NBD_READ = 0
+    NBD_WRITE = 1
+    NBD_DISC = 2
+    NBD_FLUSH = 3
+    NBD_TRIM = 4
+    NBD_CACHE = 5
+    NBD_WRITE_ZEROES = 6
+    NBD_BLOCK_STATUS = 7
+    NBD_FUA = 1
+    NBD_NO_HOLE = 2
+    NBD_REQ_ONE = 8
+    NBD_FAST_ZERO = 16
+    NBD_REPLY_DONE = 1
+    NBD_REPLY_NONE = 0
+    NBD_REPLY_OFFSET_DATA = 1
+    NBD_REPLY_BLOCK_STATUS = 5
+    NBD_REPLY_ERROR = 32769
+    NBD_STATE_HOLE_ZERO = 3
+    NBD_STATUS_EXTENTS = 1 << 12    # most extents in one reply
+
+cdef struct nbd_buffer:
+    uint8_t *data
+    size_t capacity
+    size_t start
+    size_t end
+
+cdef struct nbd_connection:
+    int fd
+    device *dev
+    bint structured
+    uint32_t context                # id of base:allocation, 0: not negotiated
+    uint32_t stopping
+    nbd_buffer received
+    nbd_buffer replies
+
+cdef struct nbd_request:
+    uint32_t flags
+    uint32_t type
+    uint64_t cookie
+    uint64_t offset
+    uint64_t length
+
+
+cdef int nbd_room(nbd_buffer *b, size_t size) noexcept nogil:
+    """Make room for `size` bytes behind the end."""
+    cdef size_t held = b.end - b.start, capacity
+    cdef void *data
+    if b.capacity - b.end >= size:
+        return 0
+    if b.start:
+        memmove(b.data, b.data + b.start, held)
+        b.start = 0
+        b.end = held
+    if b.capacity - b.end >= size:
+        return 0
+    capacity = max(<size_t>NBD_BUFFER, held + size)
+    data = realloc(b.data, capacity)
+    if data == NULL:
+        return -ENOMEM
+    b.data = <uint8_t *>data
+    b.capacity = capacity
+    return 0
+
+
+cdef int nbd_send(nbd_connection *c) noexcept nogil:
+    cdef int64_t n
+    while c.replies.start < c.replies.end:
+        n = send(c.fd, c.replies.data + c.replies.start, c.replies.end - c.replies.start,
+                 MSG_NOSIGNAL)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return -errno
+        c.replies.start += <size_t>n
+    c.replies.start = 0
+    c.replies.end = 0
+    return 0
+
+
+cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
+    """Have `size` bytes in the buffer; 1 if the client has gone. Replies go out before a wait."""
+    cdef nbd_buffer *b = &c.received
+    cdef int64_t n
+    cdef int rc
+    if b.end - b.start >= size:
+        return 0
+    rc = nbd_send(c)
+    if rc == 0:
+        rc = nbd_room(b, size - (b.end - b.start))
+    while rc == 0 and b.end - b.start < size:
+        n = recv(c.fd, b.data + b.end, b.capacity - b.end, 0)
+        if n == 0 or port_load32(&c.stopping):
+            return 1
+        if n > 0:
+            b.end += <size_t>n
+        elif errno != EINTR:
+            rc = -errno
+    return rc
+
+
+cdef int nbd_perform(nbd_connection *c, operation *o) noexcept nogil:
+    """Run an operation; while a device on the way is suspended it waits, and fails if stopped."""
+    cdef gate *g = c.dev.gate
+    cdef uint64_t seen
+    cdef int rc
+    while True:
+        port_read_lock(&g.lock)
+        seen = port_event_count(&g.changes)
+        rc = operation_run(c.dev, o)
+        port_read_unlock(&g.lock)
+        if rc <= 0:
+            return rc
+        if port_load32(&c.stopping) or nbd_send(c):
+            return -ENXIO
+        port_event_wait(&g.changes, seen, 100)
+
+
+cdef uint32_t nbd_errno(int rc) noexcept nogil:
+    """The protocol knows few errors, and numbers them itself."""
+    if rc in (-EPERM, -EIO, -ENOMEM, -EINVAL, -ENOSPC):
+        return <uint32_t>-rc
+    if rc == -EOPNOTSUPP:
+        return 95
+    return 108 if rc == -ENXIO else 5
+
+
+cdef int nbd_put_reply(
+    nbd_connection *c, nbd_request *r, int kind, size_t length, int rc
+) noexcept nogil:
+    """Append the head of a reply; `length` bytes of a structured one are to follow."""
+    cdef uint8_t *p
+    cdef int failed = nbd_room(&c.replies, 64 + length)
+    if failed:
+        return failed
+    p = c.replies.data + c.replies.end
+    if not c.structured:
+        port_put_be(p, 4, NBD_SIMPLE_REPLY_MAGIC)
+        port_put_be(p + 4, 4, nbd_errno(rc) if rc else 0)
+        port_put_be(p + 8, 8, r.cookie)
+        c.replies.end += 16
+        return 0
+    if rc:
+        kind = NBD_REPLY_ERROR
+        length = 6
+        port_put_be(p + 20, 4, nbd_errno(rc))
+        port_put_be(p + 24, 2, 0)
+    port_put_be(p, 4, NBD_STRUCTURED_REPLY_MAGIC)
+    port_put_be(p + 4, 2, NBD_REPLY_DONE)
+    port_put_be(p + 6, 2, <uint64_t>kind)
+    port_put_be(p + 8, 8, r.cookie)
+    port_put_be(p + 16, 4, length)
+    c.replies.end += 26 if rc else 20
+    return 0
+
+
+cdef int nbd_read(nbd_connection *c, nbd_request *r) noexcept nogil:
+    """Read straight into the buffer of replies, behind the reply's head."""
+    cdef size_t start, head = 28 if c.structured else 16
+    cdef operation o
+    cdef int rc = nbd_room(&c.replies, head + r.length)
+    if rc:
+        return rc
+    start = c.replies.end
+    memset(&o, 0, sizeof(o))
+    o.op = OP_READ
+    o.data = c.replies.data + start + head
+    o.offset = r.offset
+    o.length = r.length
+    rc = nbd_perform(c, &o) if r.length else 0
+    if start != c.replies.end:
+        # What was collected went out while a suspended device was waited for.
+        memmove(c.replies.data + head, c.replies.data + start + head, r.length)
+    if rc:
+        return nbd_put_reply(c, r, NBD_REPLY_OFFSET_DATA, 0, rc)
+    rc = nbd_put_reply(c, r, NBD_REPLY_OFFSET_DATA, 8 + r.length, 0)
+    if rc:
+        return rc
+    if c.structured:
+        port_put_be(c.replies.data + c.replies.end, 8, r.offset)
+        c.replies.end += 8
+    c.replies.end += r.length
+    return 0
+
+
+cdef int nbd_write(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept nogil:
+    """WRITE, and WRITE_ZEROES where `data` is NULL; FUA flushes what was written."""
+    cdef operation o
+    cdef int rc
+    memset(&o, 0, sizeof(o))
+    o.op = OP_WRITE
+    o.data = data
+    o.offset = r.offset
+    o.length = r.length
+    if data == NULL and c.dev.plain and not r.flags & NBD_NO_HOLE:
+        o.op = OP_DISCARD           # a hole reads as zeros, and costs nothing
+    elif r.flags & NBD_FAST_ZERO:
+        return -EOPNOTSUPP
+    rc = nbd_perform(c, &o) if r.length else 0
+    if rc == 0 and r.flags & NBD_FUA:
+        o.op = OP_FLUSH
+        rc = nbd_perform(c, &o)
+    return rc
+
+
+cdef int nbd_block_status(nbd_connection *c, nbd_request *r) noexcept nogil:
+    """base:allocation: holes and zeros, neighbours of the same kind as one."""
+    cdef extents found
+    cdef operation o
+    cdef uint64_t i, n, length
+    cdef uint32_t state, last = 0
+    cdef uint8_t *p
+    cdef int rc
+    memset(&found, 0, sizeof(found))
+    memset(&o, 0, sizeof(o))
+    o.op = OP_MAP
+    o.offset = r.offset
+    o.length = r.length
+    o.emit = emit_extent
+    o.context = &found
+    found.start = r.offset
+    rc = nbd_perform(c, &o)
+    if rc:
+        free(found.items)
+        return nbd_put_reply(c, r, NBD_REPLY_BLOCK_STATUS, 0, rc)
+    n = 0
+    for i in range(found.count):
+        state = NBD_STATE_HOLE_ZERO if found.items[i].zero else 0
+        if n and state == last:
+            found.items[n - 1].length += found.items[i].length
+            continue
+        if n == (1 if r.flags & NBD_REQ_ONE else NBD_STATUS_EXTENTS):
+            break
+        found.items[n] = found.items[i]
+        last = state
+        n += 1
+    length = 4 + 8 * n
+    rc = nbd_put_reply(c, r, NBD_REPLY_BLOCK_STATUS, length, 0)
+    if rc == 0:
+        p = c.replies.data + c.replies.end
+        port_put_be(p, 4, c.context)
+        for i in range(n):
+            port_put_be(p + 4 + 8 * i, 4, found.items[i].length)
+            port_put_be(p + 8 + 8 * i, 4, NBD_STATE_HOLE_ZERO if found.items[i].zero else 0)
+        c.replies.end += length
+    free(found.items)
+    return rc
+
+
+cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept nogil:
+    """Do one request and append its reply."""
+    cdef operation o
+    cdef uint64_t size = c.dev.size
+    cdef int rc = 0
+    memset(&o, 0, sizeof(o))
+    o.offset = r.offset
+    o.length = r.length
+    if r.type not in (NBD_FLUSH, NBD_CACHE) and (r.length > size or r.offset > size - r.length):
+        rc = -ENOSPC if r.type in (NBD_WRITE, NBD_WRITE_ZEROES) else -EINVAL
+    elif r.type in (NBD_WRITE, NBD_WRITE_ZEROES, NBD_TRIM) and not c.dev.writable:
+        rc = -EPERM
+    elif r.type == NBD_READ:
+        return nbd_read(c, r) if r.length <= NBD_MAX_PAYLOAD else nbd_put_reply(
+            c, r, NBD_REPLY_NONE, 0, -EINVAL)
+    elif r.type == NBD_BLOCK_STATUS and c.context and r.length:
+        return nbd_block_status(c, r)
+    elif r.type == NBD_WRITE or r.type == NBD_WRITE_ZEROES:
+        rc = nbd_write(c, r, data)
+    elif r.type == NBD_FLUSH:
+        o.op = OP_FLUSH
+        rc = nbd_perform(c, &o)
+    elif r.type == NBD_TRIM:
+        o.op = OP_DISCARD
+        rc = nbd_perform(c, &o) if r.length else 0
+        if rc == 0 and r.flags & NBD_FUA:
+            o.op = OP_FLUSH
+            rc = nbd_perform(c, &o)
+    elif r.type != NBD_CACHE:
+        rc = -EINVAL
+    return nbd_put_reply(c, r, NBD_REPLY_NONE, 0, rc)
+
+
+cdef int nbd_serve(nbd_connection *c) noexcept nogil:
+    """Answer requests until the client goes; -EINVAL for what is no request."""
+    cdef nbd_request r
+    cdef uint8_t *p
+    cdef size_t payload
+    cdef int rc
+    while True:
+        rc = nbd_receive(c, NBD_REQUEST_SIZE)
+        if rc:
+            return 0 if rc == 1 else rc
+        p = c.received.data + c.received.start
+        if port_get_be(p, 4) != NBD_REQUEST_MAGIC:
+            return -EINVAL
+        r.flags = <uint32_t>port_get_be(p + 4, 2)
+        r.type = <uint32_t>port_get_be(p + 6, 2)
+        r.cookie = port_get_be(p + 8, 8)
+        r.offset = port_get_be(p + 16, 8)
+        r.length = port_get_be(p + 24, 4)
+        if r.type == NBD_DISC:
+            return nbd_send(c)
+        payload = r.length if r.type == NBD_WRITE else 0
+        if payload > NBD_MAX_PAYLOAD:
+            return -EINVAL
+        rc = nbd_receive(c, NBD_REQUEST_SIZE + payload)
+        if rc:
+            return 0 if rc == 1 else rc
+        p = c.received.data + c.received.start + NBD_REQUEST_SIZE
+        rc = nbd_answer(c, &r, p if r.type == NBD_WRITE else NULL)
+        c.received.start += NBD_REQUEST_SIZE + payload
+        if c.received.start == c.received.end:
+            c.received.start = 0
+            c.received.end = 0
+        if rc == 0 and c.replies.end >= NBD_BUFFER:
+            rc = nbd_send(c)
+        if rc:
+            return rc
+
+
+@cython.final
+cdef class NbdConnection:
+    """The transmission phase of one client of a device, on a connected socket.
+
+    `structured` tells whether structured replies were negotiated, `context` is the id given to
+    base:allocation, 0 where the client did not ask for it.
+    """
+
+    cdef nbd_connection c
+    cdef readonly BlockDevice device
+
+    def __cinit__(self, int fd, BlockDevice device not None, *, bint structured, uint32_t context):
+        self.device = device
+        self.c.fd = fd
+        self.c.dev = &device.d
+        self.c.structured = structured
+        self.c.context = context
+
+    def __dealloc__(self):
+        free(self.c.received.data)
+        free(self.c.replies.data)
+
+    def run(self):
+        """Serve until the client disconnects or stop() is called; OSError for a broken rule."""
+        cdef int rc
+        with nogil:
+            rc = nbd_serve(&self.c)
+        if rc:
+            raise OSError(-rc, os.strerror(-rc))
+
+    def stop(self):
+        """End run() from another thread, after the request under way."""
+        port_store32(&self.c.stopping, 1)
+        shutdown(self.c.fd, SHUT_RDWR)

@@ -1,0 +1,1 @@
+"""Ways to reach the devices of a mapper from other programs."""

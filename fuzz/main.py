@@ -1,0 +1,38 @@
+"""Run one harness under the libFuzzer inside Atheris: main.py NAME [OPTION or CORPUS]…
+
+NAME is table, concise, store or program; the module fuzz_NAME has its `run(data)`. `make fuzz`
+runs them all. A saved input is run again by naming it: main.py NAME FILE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+import atheris
+from atheris import core_with_libfuzzer
+
+NAMES = ("table", "concise", "store", "program")
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        sys.exit(__doc__)
+    name = sys.argv.pop(1)
+    # The extension registers its counters when it is loaded (coverage.c).
+    os.environ["COW_LIBFUZZER"] = core_with_libfuzzer.__file__
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    logging.disable(logging.CRITICAL)
+    with atheris.instrument_imports(include=["cow"]):
+        harness = importlib.import_module(f"fuzz_{name}")
+        importlib.import_module("cow").Mapper.targets()
+    options = [f"-max_len={harness.MAX_LEN}", "-timeout=60", "-rss_limit_mb=4096"]
+    atheris.Setup([sys.argv[0], *options, *sys.argv[1:]], harness.run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

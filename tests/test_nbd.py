@@ -1,0 +1,404 @@
+"""NBD: devices reached by clients that were not written here, and by clients that misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from support import SECTOR, Rig, stamp
+
+import cow
+from cow.export.nbd import NbdServer
+
+SECTORS = 8192
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
+
+
+def need(*programs: str) -> None:
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with cow.Mapper(durability="process") as dm:
+        yield Rig(dm, tmp_path, SECTORS)
+
+
+@pytest.fixture
+def server(rig, tmp_path):
+    with NbdServer(rig.dm, f"unix:{tmp_path}/nbd.sock") as server:
+        yield server
+
+
+@pytest.fixture
+def uri(server, tmp_path):
+    """A function that names a device for a client."""
+    return lambda name: f"nbd+unix:///{name}?socket={tmp_path}/nbd.sock"
+
+
+def run(*words: str, **options) -> str:
+    """Run a client and return what it prints."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# --- clients of others ----------------------------------------------------------------------------
+
+
+def test_nbdinfo_lists_every_device(rig, uri):
+    need("nbdinfo")
+    rig.snap()
+    found = json.loads(run("nbdinfo", "--list", "--json", uri("")))
+    exports = {export["export-name"]: export for export in found["exports"]}
+    assert sorted(exports) == rig.dm.names()
+    assert {export["export-size"] for export in exports.values()} == {SECTORS * SECTOR}
+    assert not exports["base"]["can_trim"]
+    assert exports["base-real"]["can_trim"]
+    assert exports["snap"]["can_multi_conn"]
+
+
+def test_a_new_device_is_an_export_at_once(rig, uri):
+    need("nbdinfo")
+    rig.dm.create("later", "0 8 zero")
+    assert run("nbdinfo", "--size", uri("later")) == "4096\n"
+
+
+def test_a_read_only_device_is_a_read_only_export(rig, uri):
+    need("nbdinfo", "qemu-io")
+    rig.dm.create("ro", "0 8 linear base-real 0", readonly=True)
+    assert json.loads(run("nbdinfo", "--json", uri("ro")))["exports"][0]["is_read_only"]
+
+
+def test_nbdinfo_map_shows_zeros(rig, uri):
+    need("nbdinfo")
+    rig.dm.create("half", "0 8 linear base-real 0\n8 8 zero")
+    extents = json.loads(run("nbdinfo", "--map", "--json", uri("half")))
+    assert [(e["offset"], e["length"], e["type"]) for e in extents] == [
+        (0, 4096, 0),
+        (4096, 4096, 3),
+    ]
+
+
+def test_nbdcopy_reads_a_snapshot_while_the_origin_is_written(rig, uri, tmp_path):
+    need("nbdcopy")
+    rig.snap()
+    rig.write("base", 0, 64)
+    run("nbdcopy", uri("snap"), str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == rig.before
+
+
+def test_nbdcopy_writes_a_device(rig, uri, tmp_path):
+    need("nbdcopy")
+    rig.snap(cow_sectors=2 * SECTORS)
+    data = stamp(0, SECTORS, 9)
+    (tmp_path / "new").write_bytes(data)
+    run("nbdcopy", str(tmp_path / "new"), uri("base"))
+    assert rig.read("base") == data
+    assert rig.read("snap") == rig.before
+
+
+def test_qemu_img_compares_and_converts(rig, uri, tmp_path):
+    need("qemu-img")
+    rig.snap()
+    rig.write("base", 8, 8)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", uri("snap"), str(tmp_path / "q.qcow2"))
+    out = run("qemu-img", "compare", "-F", "raw", str(tmp_path / "q.qcow2"), uri("snap"))
+    assert "identical" in out
+    different = subprocess.run(
+        ["qemu-img", "compare", "-F", "raw", str(tmp_path / "q.qcow2"), uri("base")],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert different.returncode == 1
+
+
+def test_qemu_io_patterns_are_read_back(rig, uri):
+    need("qemu-io")
+    commands = ["write -P 0x5a 4096 65536", "read -P 0x5a 4096 65536", "write -z 8k 4k", "flush"]
+    commands += ["read -P 0 8k 4k", "write -f -P 0x77 1k 3k", "read -P 0x77 1k 3k"]
+    words = [word for command in commands for word in ("-c", command)]
+    out = run("qemu-io", "-f", "raw", *words, uri("base"))
+    assert "failed" not in out
+    assert rig.dm.device("base").pread(3072, 1024) == b"\x77" * 3072
+
+
+def test_fio_verifies_what_it_wrote(rig, uri, tmp_path):
+    need("fio")
+    rig.snap(cow_sectors=2 * SECTORS)
+    job = ["--name=j", "--ioengine=nbd", f"--uri={uri('base')}", "--rw=randwrite", "--bs=4k"]
+    job += ["--iodepth=32", f"--size={SECTORS * SECTOR}", "--verify=crc32c", "--minimal"]
+    run("fio", *job, cwd=tmp_path)
+    assert rig.read("snap") == rig.before
+
+
+def test_nbdkits_client_serves_a_device_again(rig, uri, tmp_path):
+    need("nbdkit", "nbdcopy")
+    run(
+        "nbdkit", "-U", "-", "nbd", f"uri={uri('base')}",
+        "--run", f'nbdcopy "$uri" {tmp_path}/copy',
+    )  # fmt: skip
+    assert (tmp_path / "copy").read_bytes() == rig.before
+
+
+# --- our own client, byte by byte -----------------------------------------------------------------
+
+
+class Client:
+    """The least of a client: a raw connection that can also do wrong."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(30)
+        self.socket.connect(str(path))
+
+    def receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self.socket.recv(size - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def greet(self) -> None:
+        assert self.receive(16) == b"NBDMAGICIHAVEOPT"
+        self.receive(2)
+        self.socket.sendall(struct.pack(">I", 3))
+
+    def go(self, name: str) -> int:
+        """Choose an export without structured replies; return its size."""
+        self.greet()
+        data = struct.pack(">I", len(name)) + name.encode() + struct.pack(">H", 0)
+        self.socket.sendall(b"IHAVEOPT" + struct.pack(">II", 7, len(data)) + data)
+        size = 0
+        while True:
+            _, _, kind, length = struct.unpack(">QIII", self.receive(20))
+            body = self.receive(length)
+            if kind == 3 and body[:2] == b"\0\0":
+                size = struct.unpack(">HQH", body)[1]
+            if kind == 1:
+                return size
+            if kind >> 31:
+                raise ConnectionRefusedError(kind)
+
+    def send(self, kind: int, offset: int, length: int, data: bytes = b"", flags: int = 0) -> None:
+        head = struct.pack(">IHHQQI", 0x25609513, flags, kind, 42, offset, length)
+        self.socket.sendall(head + data)
+
+    def answer(self, size: int = 0) -> tuple[int, bytes]:
+        """Return the error and the data of one simple reply."""
+        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
+        assert (magic, cookie) == (0x67446698, 42)
+        return error, b"" if error else self.receive(size)
+
+    def ask(self, kind: int, offset: int, length: int, data: bytes = b"", flags: int = 0):
+        self.send(kind, offset, length, data, flags)
+        return self.answer(length if kind == READ else 0)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    """A function that connects to a device."""
+    clients = []
+
+    def connect(name: str | None = "base") -> Client:
+        clients.append(Client(tmp_path / "nbd.sock"))
+        if name is not None:
+            assert clients[-1].go(name) > 0
+        return clients[-1]
+
+    yield connect
+    for each in clients:
+        each.close()
+
+
+def test_errors_come_back_and_the_connection_lives_on(rig, client):
+    rig.dm.create("bad", "0 8 error")
+    bad = client("bad")
+    assert bad.ask(READ, 0, 512) == (errno.EIO, b"")
+    assert bad.ask(WRITE, 0, 512, bytes(512)) == (errno.EIO, b"")
+    assert bad.ask(WRITE, 4096, 512, bytes(512)) == (errno.ENOSPC, b"")
+    assert bad.ask(READ, 4096, 1) == (errno.EINVAL, b"")
+    assert bad.ask(99, 0, 0) == (errno.EINVAL, b"")
+    assert bad.ask(FLUSH, 0, 0)[0] in (0, errno.EIO)
+    assert bad.ask(READ, 0, 0) == (0, b"")
+
+
+def test_a_read_only_export_refuses_writes(rig, client):
+    rig.dm.create("ro", "0 8 linear base-real 0", readonly=True)
+    ro = client("ro")
+    for kind, data in ((WRITE, bytes(512)), (WRITE_ZEROES, b""), (TRIM, b"")):
+        assert ro.ask(kind, 0, 512, data) == (errno.EPERM, b"")
+    assert ro.ask(READ, 0, 512) == (0, rig.before[:512])
+
+
+def test_the_largest_request_is_32_mib(rig, client):
+    rig.dm.create("big", f"0 {1 << 17} zero")
+    big = client("big")
+    error, data = big.ask(READ, 0, 32 << 20)
+    assert (error, len(data), any(data)) == (0, 32 << 20, False)
+    assert big.ask(WRITE, 0, 32 << 20, bytes(32 << 20)) == (0, b"")
+    big.send(READ, 0, (32 << 20) + 1)
+    assert big.answer()[0] == errno.EINVAL
+
+
+def test_requests_of_any_size_and_place_are_what_was_asked_for(rig, client, seed):
+    print("seed", seed)
+    dice = random.Random(seed)
+    base, model = client("base"), bytearray(rig.before)
+    for _ in range(300):
+        offset = dice.randrange(SECTORS * SECTOR)
+        length = dice.randrange(min(70000, SECTORS * SECTOR - offset) + 1)
+        if dice.random() < 0.5:
+            data = dice.randbytes(length)
+            assert base.ask(WRITE, offset, length, data, flags=dice.choice([0, 1])) == (0, b"")
+            model[offset : offset + length] = data
+        else:
+            assert base.ask(READ, offset, length) == (0, bytes(model[offset : offset + length]))
+
+
+def test_many_requests_in_flight_are_all_answered(rig, client):
+    base = client("base")
+
+    def send() -> None:
+        for sector in range(1000):
+            base.send(READ, sector * SECTOR, SECTOR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for sector in range(1000):
+        assert base.answer(SECTOR) == (0, rig.before[sector * SECTOR : (sector + 1) * SECTOR])
+    sender.join()
+
+
+def test_suspend_makes_requests_wait_and_not_fail(rig, client):
+    base = client("base")
+    rig.dm.suspend("base")
+    base.send(WRITE, 0, 512, b"x" * 512)
+    base.send(READ, 0, 512)
+    rig.cows["snap"] = str(rig.folder / "snap.cow")
+    Path(rig.cows["snap"]).write_bytes(bytes(1 << 20))
+    rig.dm.create("snap", rig.line("snap"))
+    rig.dm.resume("base")
+    assert base.answer() == (0, b"")
+    assert base.answer(512) == (0, b"x" * 512)
+    assert rig.read("snap") == rig.before
+
+
+def test_a_device_in_use_by_a_client_cannot_be_removed(rig, client):
+    rig.dm.create("dev", "0 8 zero")
+    dev = client("dev")
+    with pytest.raises(cow.DeviceBusy):
+        rig.dm.remove("dev")
+    rig.dm.remove("dev", deferred=True)
+    dev.send(DISC, 0, 0)
+    with contextlib.suppress(EOFError):
+        dev.receive(1)
+    for thread in threading.enumerate():
+        if thread.name == "cow-nbd-client":
+            thread.join(30)
+    assert "dev" not in rig.dm.names()
+
+
+def test_a_client_killed_in_the_middle_of_a_write_harms_nobody(rig, client):
+    other = client("base")
+    victim = client("base")
+    victim.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 1, 0, 4096) + b"x" * 100)
+    victim.close()
+    assert other.ask(READ, 0, 4096) == (0, rig.before[:4096])
+
+
+@pytest.mark.parametrize("step", ["flags", "option", "info", "transmission"])
+def test_garbage_ends_that_connection_alone(rig, client, step, seed):
+    print("seed", seed)
+    dice = random.Random(f"{seed} {step}")
+    for _ in range(20):
+        bad = client(None if step != "transmission" else "base")
+        if step in ("option", "info"):
+            bad.greet()
+        if step == "info":
+            data = dice.randbytes(dice.randrange(64))
+            option = dice.choice([1, 3, 6, 7, 8, 9, 10, 77])
+            bad.socket.sendall(b"IHAVEOPT" + struct.pack(">II", option, len(data)) + data)
+        with contextlib.suppress(OSError):
+            bad.socket.sendall(dice.randbytes(dice.randrange(1, 200)))
+        bad.close()
+    assert client("base").ask(READ, 0, 512) == (0, rig.before[:512])
+
+
+def test_an_unknown_export_is_refused_and_another_may_be_chosen(client):
+    with pytest.raises(ConnectionRefusedError):
+        client(None).go("nosuch")
+
+
+def test_two_clients_see_each_others_writes(client):
+    first, second = client("base"), client("base")
+    assert first.ask(WRITE, 512, 512, b"1" * 512) == (0, b"")
+    assert second.ask(READ, 512, 512) == (0, b"1" * 512)
+
+
+def test_tcp_is_for_the_loopback_alone(rig):
+    with pytest.raises(cow.InvalidArgument, match="loopback"):
+        NbdServer(rig.dm, "tcp:0.0.0.0:0")
+    with NbdServer(rig.dm, "tcp:127.0.0.1:0") as server:
+        need("nbdinfo")
+        size = run("nbdinfo", "--size", f"nbd://127.0.0.1:{server.port}/base")
+    assert int(size) == SECTORS * SECTOR
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "tcp:", "tcp:localhost", "udp:1:2", "tcp:::x"])
+def test_an_address_that_is_none_is_refused(rig, address):
+    with pytest.raises(cow.InvalidArgument, match=re.escape("neither unix:PATH nor tcp:")):
+        NbdServer(rig.dm, address)
+
+
+def test_the_socket_is_its_owners_and_goes_with_the_server(rig, tmp_path):
+    path = tmp_path / "own.sock"
+    with NbdServer(rig.dm, f"unix:{path}"):
+        assert path.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(cow.InvalidArgument) as caught:
+            NbdServer(rig.dm, f"unix:{path}")
+        assert caught.value.errno == errno.EADDRINUSE
+    assert not path.exists()
+
+
+def test_a_socket_left_by_a_dead_server_is_replaced(rig, tmp_path):
+    path = tmp_path / "left.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(path))
+    with NbdServer(rig.dm, f"unix:{path}"):
+        client = Client(path)
+        assert client.go("base") == SECTORS * SECTOR
+        client.close()
+
+
+def test_stop_disconnects_clients_and_leaves_no_threads_or_files(rig, tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    server = NbdServer(rig.dm, f"unix:{tmp_path}/stop.sock")
+    server.start()
+    client = Client(tmp_path / "stop.sock")
+    client.go("base")
+    server.stop()
+    with pytest.raises((EOFError, OSError)):
+        client.receive(1)
+    client.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("cow-nbd")]
+    assert len(os.listdir("/proc/self/fd")) == before
