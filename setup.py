@@ -23,7 +23,7 @@ PROFILES = {
     "coverage": (["-O0", "-DCYTHON_TRACE_NOGIL=1", "-DCYTHON_USE_SYS_MONITORING=0"], []),
     "asan": ([*TRACEABLE, *ADDRESS], ADDRESS),
     "tsan": ([*TRACEABLE, "-fsanitize=thread"], ["-fsanitize=thread"]),
-    # GCC cannot make clang's counters: fuzz/coverage.c does.
+    # For fuzz/main.py, with the functions of fuzz/coverage.c.
     "fuzz": ([*TRACEABLE, *ADDRESS, "-fsanitize-coverage=trace-pc,trace-cmp"], ADDRESS),
 }
 
@@ -36,7 +36,7 @@ traced = profile == "coverage"
 
 core = Extension(
     "cow._core",
-    ["cow/_core.pyx", *(["fuzz/coverage.c"] if profile == "fuzz" else [])],
+    ["cow/_core.pyx"],
     depends=sorted(glob("cow/core/*.pxi") + glob("cow/core/*.h")),
     include_dirs=["cow/core"],
     extra_compile_args=["-pthread", *compile_flags],

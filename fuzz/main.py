@@ -6,6 +6,7 @@ runs them all. A saved input is run again by naming it: main.py NAME FILE.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -22,8 +23,9 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         sys.exit(__doc__)
     name = sys.argv.pop(1)
-    # The extension registers its counters when it is loaded (coverage.c).
-    os.environ["COW_LIBFUZZER"] = core_with_libfuzzer.__file__
+    begin = ctypes.CDLL(None).fuzz_coverage_begin  # coverage.c
+    if begin(os.fsencode(core_with_libfuzzer.__file__)):
+        sys.exit(f"{core_with_libfuzzer.__file__} is no libFuzzer")
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
     logging.disable(logging.CRITICAL)
     with atheris.instrument_imports(include=["cow"]):

@@ -3,11 +3,18 @@
 Every sector carries its own number and the tag of the write that put it there, so that a
 misplaced one says where it came from. Each writer has sectors of its own, in pieces of three, so
 that writers meet in every chunk but never in a sector.
+
+Reading sectors of a live device while another thread writes them is a race of the readers' own
+making, as on any disk, and the thread sanitizer reports it as one. So in its build every fourth
+piece is quiet: nobody writes it, and those who read a live device read only there. A table swapped
+or a merge passing by still moves under them. Readers of snapshots read everywhere: whatever the
+sanitizer finds there is a bug, and nothing is suppressed.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -22,6 +29,8 @@ import cow
 SECTORS = 1536
 WRITERS = 3
 PIECE = 3
+TSAN = os.environ.get("COW_BUILD") == "tsan"
+STRIDE = WRITERS + 1 if TSAN else WRITERS
 
 
 @pytest.fixture
@@ -86,7 +95,7 @@ class Writers:
 
     def work(self, writer: int) -> None:
         rng = random.Random(writer)
-        own = range(writer, SECTORS // PIECE, WRITERS)
+        own = range(writer, SECTORS // PIECE, STRIDE)
         for tag in itertools.count(1):
             piece = rng.choice(own) * PIECE
             number = tag * WRITERS + writer
@@ -135,6 +144,19 @@ def read_on(crew: Crew, device: Any) -> None:
         else:
             assert device.preadinto(buffer, first * SECTOR) == len(buffer)
             check_numbers(bytes(buffer), first)
+
+
+def read_live(crew: Crew, device: Any) -> None:
+    """Read a device that others write: random ranges, or quiet pieces under the sanitizer."""
+    if not TSAN:
+        read_on(crew, device)
+        return
+    rng = random.Random(len(crew.threads))
+    buffer = bytearray(PIECE * SECTOR)
+    while not crew.stop.is_set():
+        first = rng.choice(range(WRITERS, SECTORS // PIECE, STRIDE)) * PIECE
+        assert device.preadinto(buffer, first * SECTOR) == len(buffer)
+        check_numbers(bytes(buffer), first)
 
 
 def freeze(rig: Rig, name: str, words: str) -> bytes:
@@ -192,7 +214,7 @@ def test_a_moment_holds_no_torn_sector(rig):
 def test_readers_see_every_sector_in_its_place_while_tables_are_swapped(rig):
     with Crew() as crew:
         for name in ("base", "base", "base-real"):
-            crew.start(read_on, crew, rig.dm.device(name))
+            crew.start(read_live, crew, rig.dm.device(name))
         writers = Writers(crew, rig.dm.device("base"))
         half = SECTORS // 2
         for number in range(60):
@@ -231,7 +253,7 @@ def test_a_merge_under_writers_and_readers_loses_nothing(rig, turn):
     rig.dm.load("base", rig.line("snap", kind="snapshot-merge"))
     with Crew() as crew:
         writers = Writers(crew, rig.dm.device("base"))
-        crew.start(read_on, crew, rig.dm.device("base"))
+        crew.start(read_live, crew, rig.dm.device("base"))
         crew.start(read_on, crew, rig.dm.device("other"))
         rig.dm.resume("base")
         assert wait_merge(rig.dm, "base").endswith(f" 16/{4 * SECTORS} 16")

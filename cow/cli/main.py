@@ -8,15 +8,18 @@ says of programs that these signals end.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-import cow
-from cow.cli import FAILED, OK, Parser, Verb, add_verbs, report_error, store
+from cow import __version__
+from cow.cli import FAILED, OK, Parser, Verb, add_verbs, report_error
+from cow.errors import CowError
 
-VERBS: tuple[Verb, ...] = (store.VERB,)
+MODULES = ("dm", "serve", "store")
+"""The modules of this package that hold a verb each."""
 
 DESCRIPTION = "Device-mapper snapshots over image files, without root and without a kernel module."
 
@@ -26,11 +29,16 @@ Exit status: 0 all is well, 1 damage or an error, 2 the command was not understo
 """
 
 
+def verbs() -> tuple[Verb, ...]:
+    """Return the table of all verbs."""
+    return tuple(importlib.import_module(f"cow.cli.{name}").VERB for name in MODULES)
+
+
 def make_parser() -> Parser:
     """Return the parser of the whole command."""
     parser = Parser(prog="cow", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"cow {cow.__version__}")
-    add_verbs(parser, VERBS)
+    parser.add_argument("--version", action="version", version=f"cow {__version__}")
+    add_verbs(parser, verbs())
     return parser
 
 
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except (cow.CowError, OSError, MemoryError) as error:
+    except (CowError, OSError, MemoryError) as error:
         report_error(error)
         status = FAILED
     else:
@@ -54,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["dm"]:  # has dmsetup's own options, and answers without importing the engine
+        from cow.cli import dm
+
+        return dm.run(args[1:])
     try:
-        options = make_parser().parse_args(argv)
+        options = make_parser().parse_args(args)
     except SystemExit as end:  # after --help, --version, or the line about a wrong usage
         return OK if end.code is None else int(end.code)
     status: int = options.run(options)

@@ -157,7 +157,7 @@ cdef int snapshot_copy_out(snapshot *s, uint64_t chunk, uint64_t last, bint *wai
         if offset >= s.origin.size:
             return 0
         rc = copy_device(s.origin, offset, st.cow, new_chunk << st.chunk_shift,
-                         min(n << st.chunk_shift, s.origin.size - offset))
+                         min(n << st.chunk_shift, s.origin.size - offset), COPY_FRESH)
         if rc == 0:
             rc = store_take(st, chunk, new_chunk, n)
         if rc:
@@ -205,11 +205,15 @@ cdef int snapshot_prepare(snapshot *s, bio *b, uint64_t offset, uint64_t length)
                 count = 1
                 rc = copy_device(s.origin, chunk << st.chunk_shift, st.cow,
                                  new_chunk << st.chunk_shift,
-                                 min(size, origin_size - (chunk << st.chunk_shift)))
+                                 min(size, origin_size - (chunk << st.chunk_shift)), COPY_FRESH)
             if rc == 0 and b.place:
                 rc = write_device(st.cow, b.data + b.done if b.data != NULL else NULL,
-                                  (new_chunk << st.chunk_shift) + inside, n)
+                                  (new_chunk << st.chunk_shift) + inside, n, COPY_FRESH)
                 b.placed += n
+            if rc == -ENOSPC:
+                b.snapshot = s
+                rc = BIO_FULL
+                break
             if rc == 0:
                 rc = store_take(st, chunk, new_chunk, count)
             if rc < 0:

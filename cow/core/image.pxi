@@ -7,7 +7,7 @@ cdef int emit_read(bio *b, device *image, uint64_t offset, uint64_t length) noex
     cdef int rc
     if image == NULL:
         rc = port_zero(b.data + b.done, length)
-    elif b.stream:
+    elif b.copy != COPY_CACHED:
         rc = port_copy_stream(b.data + b.done, image.base + offset, length)
     else:
         rc = port_copy(b.data + b.done, image.base + offset, length)
@@ -40,7 +40,7 @@ cdef int emit_write(bio *b, device *image, uint64_t offset, uint64_t length) noe
     cdef int rc = 0
     if image != NULL:
         rc = image_write(
-            image, b.data + b.done if b.data != NULL else NULL, offset, length, b.stream)
+            image, b.data + b.done if b.data != NULL else NULL, offset, length, b.copy)
         if rc:
             return rc
     b.done += length
@@ -65,7 +65,7 @@ cdef int emit_discard(bio *b, device *image, uint64_t offset, uint64_t length) n
         return 0
     if errno != EOPNOTSUPP:
         return -errno
-    return image_write(image, NULL, offset, length, False)
+    return image_write(image, NULL, offset, length, COPY_CACHED)
 
 
 cdef int emit_flush(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
@@ -80,18 +80,16 @@ cdef int emit_flush(bio *b, device *image, uint64_t offset, uint64_t length) noe
 
 
 cdef int emit_reserve(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
-    """Take the disk space of a run now, as ENOSPC and not as SIGBUS later, and map its pages."""
+    """Map the pages of a run before they are written, which is cheaper than one fault for each.
+
+    Not in a sparse image: what goes into its holes goes there with COPY_FRESH.
+    """
     cdef uint64_t first = offset & ~<uint64_t>(PAGE - 1)
     b.done += length
-    if image == NULL:
+    if image == NULL or image.sparse:
         return 0
-    if image.sparse and fallocate(image.fd, 0, <int64_t>offset, <int64_t>length):
-        if errno != EOPNOTSUPP:
-            return -errno
-    if madvise(image.base + first, offset + length - first, MADV_POPULATE_WRITE):
-        if errno == ENOMEM or errno == EFAULT:
-            return -ENOSPC
-    return 0
+    madvise(image.base + first, offset + length - first, MADV_POPULATE_WRITE)
+    return 0                        # what is wrong shows when it is written
 
 
 cdef int image_map(device *image, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
@@ -127,7 +125,7 @@ cdef int image_grow(device *image, uint64_t file_size) noexcept nogil:
 
 
 cdef int image_write(
-    device *image, uint8_t *data, uint64_t offset, uint64_t length, bint stream
+    device *image, uint8_t *data, uint64_t offset, uint64_t length, int copy
 ) noexcept nogil:
     """Copy `data` (NULL: zeros) into an image.
 
@@ -137,8 +135,10 @@ cdef int image_write(
     cdef int rc, attempt
     if not image.writable:
         return -EPERM
+    if copy == COPY_FRESH and image.sparse and data != NULL:
+        return image_pwrite(image, data, offset, length)
     for attempt in range(2):
-        if data != NULL and stream:
+        if data != NULL and copy != COPY_CACHED:
             rc = port_copy_stream(image.base + offset, data, length)
         elif data != NULL:
             rc = port_copy(image.base + offset, data, length)
@@ -149,3 +149,21 @@ cdef int image_write(
         if fallocate(image.fd, 0, <int64_t>offset, <int64_t>length):
             return -ENOSPC if errno == ENOSPC else rc
     return rc
+
+
+cdef int image_pwrite(device *image, uint8_t *data, uint64_t offset, uint64_t length) noexcept nogil:
+    """Write into a hole with a system call, which fills new pages without zeroing them first.
+
+    On a full disk the answer is ENOSPC, and no signal.
+    """
+    cdef int64_t n
+    while length:
+        n = pwrite(image.fd, data, length, <int64_t>offset)
+        if n < 0 and errno == EINTR:
+            continue
+        if n <= 0:
+            return -EIO if n == 0 or errno == EFAULT else -errno
+        data += n
+        offset += <uint64_t>n
+        length -= <uint64_t>n
+    return 0

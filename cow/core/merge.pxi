@@ -146,7 +146,8 @@ cdef int merge_copy(
         r = &s.window[start - s.window_first]
         offset = r.old_chunk << st.chunk_shift
         length = min((reached[0] - start) << st.chunk_shift, s.origin.size - offset)
-        rc = copy_device(st.cow, r.new_chunk << st.chunk_shift, s.origin, offset, length)
+        rc = copy_device(st.cow, r.new_chunk << st.chunk_shift, s.origin, offset, length,
+                         COPY_STREAM)
         if rc:
             return rc
         low[0] = min(low[0], offset)

@@ -74,14 +74,14 @@ cdef int request_read(
 
 
 cdef int request_write(
-    device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done, bint stream=False
+    device *d, uint8_t *data, uint64_t offset, uint64_t length, uint64_t *done, int copy=COPY_CACHED
 ) noexcept nogil:
     """Write `data` (NULL: zeros) in place; where that would change a snapshot, prepare first."""
     cdef bio b
     cdef int rc
     while True:
         bio_init(&b, WRITE, emit_write, data + done[0] if data != NULL else NULL)
-        b.stream = stream
+        b.copy = copy
         rc = request(d, &b, offset + done[0], length - done[0])
         done[0] += b.done
         if rc == BIO_HELD:
@@ -126,7 +126,7 @@ cdef int wait_merge_step(bio *b) noexcept nogil:
 
 
 cdef int write_device(
-    device *d, uint8_t *data, uint64_t offset, uint64_t length, bint stream=False
+    device *d, uint8_t *data, uint64_t offset, uint64_t length, int copy=COPY_CACHED
 ) noexcept nogil:
     """Write to a device below, with no map lock held by the caller."""
     cdef bio b
@@ -134,7 +134,7 @@ cdef int write_device(
     if not d.plain:
         return request_write(d, data, offset, length, &done)
     bio_init(&b, WRITE, emit_write, data)
-    b.stream = stream
+    b.copy = copy
     return device_map(d, &b, offset, length)
 
 
@@ -157,18 +157,21 @@ cdef inline int barrier(device *d, uint64_t offset, uint64_t length) noexcept no
 cdef struct copy_target:
     device *dev
     uint64_t offset
+    int copy
 
 
 cdef int emit_copy(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
     cdef copy_target *to = <copy_target *>b.context
     cdef int rc = write_device(
-        to.dev, image.base + offset if image != NULL else NULL, to.offset + b.done, length, True)
+        to.dev, image.base + offset if image != NULL else NULL, to.offset + b.done, length,
+        to.copy)
     b.done += length
     return rc
 
 
 cdef int copy_device(
-    device *source, uint64_t source_offset, device *into, uint64_t into_offset, uint64_t length
+    device *source, uint64_t source_offset, device *into, uint64_t into_offset, uint64_t length,
+    int copy
 ) noexcept nogil:
     """Copy between devices: straight from image to image where the source needs no lock.
 
@@ -183,6 +186,7 @@ cdef int copy_device(
         bio_init(&b, READ, emit_copy, NULL)
         to.dev = into
         to.offset = into_offset
+        to.copy = copy
         b.context = &to
         rc = device_map(source, &b, source_offset, length)
         port_stream_end()
@@ -194,7 +198,7 @@ cdef int copy_device(
         n = min(length, <uint64_t>BOUNCE_SIZE)
         rc = read_device(source, bounce, source_offset, n)
         if rc == 0:
-            rc = write_device(into, bounce, into_offset, n)
+            rc = write_device(into, bounce, into_offset, n, copy)
         source_offset += n
         into_offset += n
         length -= n
@@ -220,7 +224,7 @@ cdef int request_read_many(
     """Read `count` blocks of `size` bytes; `done` counts blocks."""
     cdef bio b, ahead
     cdef uint64_t i, last
-    cdef bint stream = count * size > STREAM_SIZE
+    cdef int copy = COPY_STREAM if count * size > STREAM_SIZE else COPY_CACHED
     cdef int rc = 0
     bio_init(&ahead, READ, emit_prefetch, NULL)
     while done[0] < count and rc == 0:
@@ -230,7 +234,7 @@ cdef int request_read_many(
             if i + PREFETCH_AHEAD < last:
                 device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
             bio_init(&b, READ, emit_read, data + i * size)
-            b.stream = stream
+            b.copy = copy
             rc = device_map(d, &b, offsets[i], size)
             if rc:
                 break
@@ -252,7 +256,7 @@ cdef int request_write_many(
     cdef commit_group group
     cdef uint64_t i, last, block_done
     cdef uint8_t *placed = NULL
-    cdef bint stream = count * size > STREAM_SIZE
+    cdef int copy = COPY_STREAM if count * size > STREAM_SIZE else COPY_CACHED
     cdef int rc = 0, prepared = 0, committed
     bio_init(&ahead, READ, emit_prefetch, NULL)
     if d.nr_locks:
@@ -281,7 +285,7 @@ cdef int request_write_many(
         while i < last and rc == 0:
             if placed == NULL or not group.sound or not placed[i - done[0]]:
                 block_done = 0
-                rc = request_write(d, data + i * size, offsets[i], size, &block_done, stream)
+                rc = request_write(d, data + i * size, offsets[i], size, &block_done, copy)
             if rc == 0:
                 i += 1
         port_stream_end()

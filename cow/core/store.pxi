@@ -201,39 +201,26 @@ cdef int store_prepare_exception(store *st, uint64_t *first, uint64_t *count) no
         room = min(room, st.exceptions_per_area + 2 - place if place else <uint64_t>1)
     first[0] = st.next_free
     count[0] = min(count[0], room)
-    return store_reserve(st, first[0], count)
+    return store_reserve(st, first[0] + count[0])
 
 
-cdef int store_reserve(store *st, uint64_t first, uint64_t *count) noexcept nogil:
-    """Give the chunks disk space and pages before they are copied into, some more than asked for.
-
-    Page by page, faults cost more than the copying; a full disk shows here as -ENOSPC.
-    """
-    cdef uint64_t end = first + count[0], ahead
+cdef int store_reserve(store *st, uint64_t end) noexcept nogil:
+    """Have pages for the chunks below `end` before they are copied into, and for some more."""
+    cdef uint64_t nr_chunks = st.cow.size >> st.chunk_shift, ahead
     cdef bio b
     cdef int rc
     if end <= st.reserved or not st.cow.plain:
         return 0
-    st.reserved = max(st.reserved, first)
-    ahead = min(max(end, st.reserved + (st.reserve_step >> st.chunk_shift)),
-                st.cow.size >> st.chunk_shift)
+    st.reserved = max(st.reserved, st.next_free)
+    ahead = min(nr_chunks, max(end, st.reserved + (st.reserve_step >> st.chunk_shift)))
     bio_init(&b, RESERVE, emit_reserve, NULL)
     rc = device_map(st.cow, &b, st.reserved << st.chunk_shift,
                     (ahead - st.reserved) << st.chunk_shift)
-    if rc == -ENOSPC:
-        # Not the whole step: then as much as is needed now, and at worst one chunk.
-        ahead = end
-        bio_init(&b, RESERVE, emit_reserve, NULL)
-        rc = device_map(st.cow, &b, first << st.chunk_shift, (end - first) << st.chunk_shift)
-        if rc == -ENOSPC and count[0] > 1:
-            ahead = first + 1
-            count[0] = 1
-            bio_init(&b, RESERVE, emit_reserve, NULL)
-            rc = device_map(st.cow, &b, first << st.chunk_shift, chunk_bytes(st))
-    if rc == 0:
-        st.reserved = ahead
-        st.reserve_step = min(2 * st.reserve_step, <uint64_t>RESERVE_MOST)
-    return rc if rc == -ENOSPC or rc == BIO_SUSPENDED else 0    # others show in the copy itself
+    if rc == BIO_SUSPENDED:
+        return rc
+    st.reserved = ahead
+    st.reserve_step = min(2 * st.reserve_step, <uint64_t>RESERVE_MOST)
+    return 0                        # errors show in the copying
 
 
 cdef int store_take(store *st, uint64_t old_chunk, uint64_t first, uint64_t count) noexcept nogil:

@@ -2,7 +2,7 @@
 
 cimport cython
 from libc.errno cimport (
-    EFAULT, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, errno,
+    EFAULT, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, errno,
 )
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -62,6 +62,7 @@ cdef extern from "<unistd.h>" nogil:
     int ftruncate(int fd, int64_t length)
     int64_t lseek(int fd, int64_t offset, int whence)
     int64_t pread(int fd, void *data, size_t size, int64_t offset)
+    int64_t pwrite(int fd, const void *data, size_t size, int64_t offset)
 
 cdef enum:
     MADV_HUGEPAGE = 14
@@ -88,7 +89,13 @@ cdef enum:
     DISCARD
     FLUSH
     EXTENTS
-    RESERVE                         # give the range its disk space and its pages beforehand
+    RESERVE                         # map the pages of the range beforehand
+
+# How bytes are copied. Whoever asks for COPY_STREAM ends the stream.
+cdef enum:
+    COPY_CACHED = 0                 # somebody will look at them soon
+    COPY_STREAM = 1                 # past the cache
+    COPY_FRESH = 2                  # into a place that may not exist yet, and past the cache
 
 # Where the bytes of an extent come from (cow.ORIGIN, cow.COW, cow.ZERO).
 cdef enum:
@@ -145,7 +152,7 @@ cdef struct gate:
 cdef struct bio:
     int op
     int source                      # EXTENTS: FROM_ORIGIN or FROM_COW, by the uppermost snapshot
-    bint stream                     # copy past the cache; whoever sets it ends the stream
+    int copy                        # COPY_: how bytes get where they go
     bint place                      # PREPARE: new data may go into fresh chunks at once
     uint8_t *data                   # the caller's memory; NULL in a WRITE: zeros
     uint64_t done                   # bytes passed so far
@@ -172,7 +179,7 @@ cdef struct device:
     uint8_t *base
     int fd
     bint writable
-    bint sparse                     # has holes, or may grow: space is reserved before store writes
+    bint sparse                     # has holes, or may grow
     uint64_t file_size              # below `size` while a growing image has not reached it
     pthread_mutex_t grow_mutex
     # A mapped device. Guarded by the gate.
@@ -236,7 +243,7 @@ cdef struct store:
     uint64_t area                   # the one records are appended to, and how many it holds
     uint64_t committed
     uint64_t next_free              # guarded by the prepare mutex, as `pending`
-    uint64_t reserved               # chunks below have space and pages
+    uint64_t reserved               # chunks below have their pages
     uint64_t reserve_step
     bint tail_dirty                 # something lies behind the last record: zero it first
     bint recorded                   # `committing` is on disk; guarded by the commit mutex

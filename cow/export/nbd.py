@@ -143,7 +143,7 @@ class NbdServer:
                     return
                 client = _Client(self.mapper, connection, self._forget)
                 self._clients.add(client)
-            client.start()
+                client.start()
 
     def _forget(self, client: _Client) -> None:
         with self._lock:

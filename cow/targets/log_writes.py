@@ -11,7 +11,7 @@ plays such a log back.)
 
 Two things are more exact than in the kernel. Writes are logged as they are issued, not at the next
 flush, so a mark stands between the requests it was sent between. And a flush of a range says which:
-its entry has the first block and, as data length, the bytes of the range, 0 for the whole device.
+its entry has the first block and, as data length, the bytes from its start, 0 for the whole device.
 Who replays a log block by block need not care, since every beginning of the log is a possible disk.
 """
 
@@ -165,7 +165,8 @@ class _LogWrites(_core.FilterTarget):
                     self._log.add(first, end - first, DISCARD)
         else:
             whole = offset == 0 and length == self._dev.size
-            self._log.add(offset // block, 0, FLUSH, data_len=0 if whole else length)
+            data_len = 0 if whole else offset % block + length
+            self._log.add(offset // block, 0, FLUSH, data_len=data_len)
         return self.PASS
 
     def mangle(self, op: str, offset: int, data: memoryview) -> None:

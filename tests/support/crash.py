@@ -10,6 +10,7 @@ for each line on its standard input, which works on snapshots until it is killed
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 from . import SECTOR
 
 FLUSH, FUA, DISCARD, MARK = 1, 2, 4, 8
+LOG_END = "dm-log-writes-end"
 PAGE = 4096
 
 LONG = int(os.environ.get("COW_LONG") or 0)
@@ -143,7 +145,7 @@ class Cuts:
     rng: random.Random
     visited: int = 0
     all_of_them: bool = True
-    seen: set[tuple[Any, bytes]] = field(default_factory=set)
+    seen: set[bytes] = field(default_factory=set)
 
     def of(self, before: bytes, entries: list[Entry]) -> Iterator[tuple[str, bytes]]:
         """Yield (last mark, contents) for every state a cut during the recorded program can leave.
@@ -157,6 +159,8 @@ class Cuts:
         for entry in entries:
             if entry.flags & (FLUSH | MARK):
                 yield from self._cut(disk, mark)
+            if entry.text == LOG_END:
+                return
             if entry.flags & MARK:
                 mark = entry.text
             elif entry.flags & FLUSH:
@@ -171,7 +175,7 @@ class Cuts:
     def _cut(self, disk: Disk, mark: str) -> Iterator[tuple[str, bytes]]:
         self.all_of_them &= disk.nr_states <= self.most
         for state in disk.states(self.most, self.rng):
-            key = (mark, state)
+            key = hashlib.blake2b(mark.encode() + state, digest_size=16).digest()
             if key not in self.seen:
                 self.seen.add(key)
                 self.visited += 1

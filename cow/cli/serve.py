@@ -1,0 +1,177 @@
+"""`cow serve`: the mapper as a process, in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from cow.cli import OK, Verb
+from cow.errors import CowError, CowOSError
+
+if TYPE_CHECKING:
+    from cow.daemon.server import Export
+    from cow.mapper import Mapper
+
+log = logging.getLogger("cow")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="the control socket (default: COW_SOCKET, else cow/control.sock in XDG_RUNTIME_DIR)",
+    )
+    parser.add_argument("--tables", metavar="FILE", help="create these devices first; - is stdin")
+    parser.add_argument(
+        "--durability",
+        choices=("power", "process"),
+        default="power",
+        help="what an acknowledged write survives: a power cut (the default), or the process",
+    )
+    parser.add_argument(
+        "--nbd",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        help="serve the devices over NBD, at unix:PATH or tcp:HOST:PORT; may be repeated",
+    )
+    parser.add_argument(
+        "--mount",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="show the devices as files in a directory (FUSE); may be repeated",
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from cow.daemon.server import Server
+    from cow.mapper import Mapper
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="cow: %(message)s")
+    stop = _stop_signals()
+    mapper = Mapper(durability=options.durability)
+    try:
+        server = Server(mapper, options.socket)
+        exports: list[Export] = []
+        try:
+            if options.tables:
+                mapper.create_concise(_read_tables(options.tables))
+            exports = _make_exports(mapper, options)
+            for export in exports:
+                export.start()
+            server.start()
+            log.info("process %d serves %s", os.getpid(), server.path)
+            _notify("READY=1")
+            stop.wait()
+            log.info("stopping")
+            _notify("STOPPING=1")
+        finally:
+            server.stop()
+            _stop_exports(exports)
+            _flush(mapper)
+    finally:
+        mapper.close()
+    return OK
+
+
+def _stop_signals() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set. A second one ends the process at once."""
+    stop = threading.Event()
+
+    def handler(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return stop
+
+
+def _read_tables(path: str) -> str:
+    """Read --concise text, a device a line if one likes; lines that begin with # are skipped."""
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin if path == "-" else stack.enter_context(open(path, encoding="utf-8"))
+            lines = [line.strip("\n") for line in file]
+    except OSError as error:
+        raise CowOSError(f"{path}: {error.strerror}", error.errno) from error
+    except UnicodeDecodeError as error:
+        raise CowOSError(f"{path}: not UTF-8 text") from error
+    entries = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return ";".join(line.removesuffix(";") for line in entries)
+
+
+def _make_exports(mapper: Mapper, options: argparse.Namespace) -> list[Export]:
+    exports = [_export("cow.export.nbd", "NbdServer", mapper, address) for address in options.nbd]
+    exports += [_export("cow.export.fuse", "FuseMount", mapper, path) for path in options.mount]
+    return exports
+
+
+def _export(module: str, name: str, mapper: Mapper, where: str) -> Any:  # noqa: ANN401
+    try:
+        made = getattr(importlib.import_module(module), name)(mapper, where)
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            raise CowError(f"{where}: this version has no {module}") from error
+        raise CowError(f"{where}: needs the Python module {error.name}") from error
+    log.info("serving the devices at %s", where)
+    return made
+
+
+def _stop_exports(exports: list[Export]) -> None:
+    """Stop all at once. One whose clients wait for a suspended device is not waited for."""
+    from cow.daemon.server import STOP_SECONDS
+
+    threads = [threading.Thread(target=_stop_export, args=(e,), daemon=True) for e in exports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(STOP_SECONDS)
+        if thread.is_alive():
+            log.warning("an export still waits for its clients; they lose their devices")
+
+
+def _stop_export(export: Export) -> None:
+    try:
+        export.stop()
+    except Exception:
+        log.exception("an export did not stop cleanly")
+
+
+def _flush(mapper: Mapper) -> None:
+    for name in mapper.names():
+        info = mapper.info(name)
+        if info.live and not info.suspended:
+            try:
+                mapper.device(name).flush()
+            except CowError as error:
+                log.warning("%s: flush: %s", name, error)
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, if it asked to be told (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        with contextlib.suppress(OSError):
+            notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+EPILOG = """\
+Runs in the foreground until SIGTERM or SIGINT; then what was asked is answered, the exports are
+drained, the devices flushed. `cow dm` speaks to it. FILE holds a line for each device, as
+`cow dm table --concise --names` prints them: NAME,UUID,MINOR,FLAGS,TABLE[,TABLE…]; sizes in
+tables are in sectors.
+"""
+
+VERB = Verb("serve", "serve devices to other programs", _add_arguments, _serve, EPILOG)

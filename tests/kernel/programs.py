@@ -1,0 +1,532 @@
+"""Random traces for the real kernel: steps whose answers do not depend on its timing.
+
+A model runs along, so that the author of a trace knows what there is. A step that has no meaning
+in the model, or would leave a process of the guest waiting for ever, is not written down.
+Images are @b and @d for the origin, @c0 … for COW devices; tables name devices as %NAME.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from support import SECTOR, fill
+from support.model import Merge, Model, Nonsense, Snapshot
+
+Step = list[Any]
+
+COWS = ("c0", "c1", "c2", "c3")
+FEATURES = ("", "", " 1 discard_zeroes_cow", " 2 discard_zeroes_cow discard_passdown_origin")
+LARGEST_REQUEST = 2 << 20
+
+
+@dataclass
+class Program:
+    """A trace without answers; `known` is how far each image is determined at the end."""
+
+    seed: int
+    images: dict[str, tuple[int, int]]
+    steps: list[Step] = field(default_factory=list)
+    known: dict[str, int] = field(default_factory=dict)
+
+    def contents(self) -> dict[str, bytes]:
+        """Return what each image holds before the trace."""
+        return {
+            name: fill(size, seed) if seed else bytes(size)
+            for name, (size, seed) in self.images.items()
+        }
+
+    def parts(self) -> list[list[Step]]:
+        """Return the steps between the marks where everything is removed."""
+        parts: list[list[Step]] = [[]]
+        for step in self.steps:
+            if step == ["mark"]:
+                parts.append([])
+            else:
+                parts[-1].append(step)
+        return parts
+
+
+class Guide:
+    """Runs steps on a model; the words of traces on top of those of a mapper."""
+
+    def __init__(self, program: Program) -> None:
+        self.model = Model({f"@{name}": data for name, data in program.contents().items()})
+
+    def do(self, step: Step) -> Any:
+        """Run one step; raise OSError as the kernel refuses, Nonsense where it has no meaning."""
+        verb, *args = step
+        if verb in ("create", "reload"):
+            table = args[1].replace("%", "")
+            return (self.model.create if verb == "create" else self.model.load)(args[0], table)
+        if verb in ("suspend", "resume", "remove", "clear"):
+            return getattr(self.model, verb)(*args)
+        if verb == "w":
+            name, offset, length, seed = args
+            if name.startswith("@"):
+                return self.wipe(name, offset, fill(length, seed))
+            return self.model.device(name).pwrite(fill(length, seed), offset)
+        if verb == "d":
+            return self.model.device(args[0]).discard_range(*args[1:])
+        if verb == "r":
+            return self.model.device(args[0]).pread(args[2], args[1])
+        if verb == "mark":
+            return self.model.close()
+        return None
+
+    def wipe(self, name: str, offset: int, data: bytes) -> None:
+        """Write to an image itself; what it held before no longer matters if all of it is new."""
+        image = self.model.images[name]
+        whole = bytearray(image.data)
+        whole[offset : offset + len(data)] = data
+        known = image.known
+        self.model.wipe(name, bytes(whole))
+        image.known = None if len(data) == image.size else known
+
+    def states(self) -> list[str]:
+        """Return which snapshots are invalid or full, to see that a step ends one."""
+        return [
+            f"{target.device.label} {line.isalpha()}"
+            for target in self.snapshots()
+            for line in [target.status()]
+        ]
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return the live snapshot targets, those of merges included."""
+        return [
+            target
+            for device in self.model.devices.values()
+            for target in device.live or []
+            if isinstance(target, Snapshot)
+        ]
+
+
+def sensible(program: Program, steps: list[Step]) -> list[Step]:
+    """Return the steps that still have a meaning, after some were left out of a program."""
+    guide, kept = Guide(program), []
+    for step in steps:
+        try:
+            guide.do(step)
+        except Nonsense:
+            continue
+        except OSError:
+            pass
+        kept.append(step)
+    return kept
+
+
+class Author:
+    """Writes one program for a seed. The first of its dice decides how large the chunks are."""
+
+    def __init__(self, seed: int, chunk: int | None = None, parts: int = 1) -> None:
+        self.rng = rng = random.Random(seed)
+        self.largest = chunk or rng.choice((1, 1, 2, 2, 4, 8, 8, 16, 32, 64, 128, 256))
+        self.chunks = [c for c in (self.largest >> n for n in range(5)) if c]
+        count = rng.randint(4, 9) if self.largest >= 512 else rng.randint(8, 40)
+        self.sectors = max(64, self.largest * count) + rng.choice((0, 0, rng.randrange(40)))
+        self.pieces = rng.choice(("one", "one", "swapped", "striped", "zero"))
+        images = {"b": (self.sectors * SECTOR, 1), "d": ((self.sectors + 64) * SECTOR, 2)}
+        for name in COWS:
+            images[name] = (self.cow_sectors() * SECTOR, rng.choice((0, 0, 3)))
+        self.program = Program(seed, images)
+        self.guide = Guide(self.program)
+        self.parts = parts
+        for name in COWS:
+            if images[name][1]:
+                self.add(["w", f"@{name}", 0, SECTOR, 0])
+
+    @property
+    def model(self) -> Model:
+        return self.guide.model
+
+    def cow_sectors(self) -> int:
+        """Return a size for a COW image: often one where an area ends, or the store is full."""
+        rng = self.rng
+        if self.largest <= 2 and rng.random() < 0.6:
+            chunks = 33 * self.largest + rng.choice((-1, 0, 1, 2, 3, 4))
+            return chunks * rng.choice((1, 2)) + rng.randrange(2)
+        chunks = rng.randint(3, 12) if self.largest >= 512 else rng.randint(4, 50)
+        return max(2, self.largest * chunks + rng.choice((0, 0, rng.randrange(self.largest))))
+
+    def write(self, steps: int) -> Program:
+        """Return a program of about that many steps."""
+        for part in range(self.parts):
+            if part:
+                self.take_apart()
+                self.add(["mark"])
+            self.put_together()
+            end = len(self.program.steps) + steps // self.parts
+            while len(self.program.steps) < end:
+                for step in self.next_steps():
+                    self.add(step)
+                if self.rng.random() < 0.5:
+                    self.look()
+            self.look(whole=True)
+        self.program.known = {
+            name: self.model.images[f"@{name}"].known
+            if self.model.images[f"@{name}"].known is not None
+            else size
+            for name, (size, _) in self.program.images.items()
+        }
+        return self.program
+
+    def add(self, step: Step) -> bool:
+        """Append a step if it makes sense; return whether it did and was not refused."""
+        if step[0] in ("w", "d") and not step[1].startswith("@"):
+            step = self.simple(step)
+        try:
+            self.guide.do(step)
+        except Nonsense:
+            return False
+        except OSError:
+            self.program.steps.append(step)
+            return False
+        self.program.steps.append(step)
+        if step[0] == "resume" and any(
+            isinstance(t, Merge) for t in self.model.devices[step[1]].live or []
+        ):
+            self.program.steps.append(["waitmerge", step[1]])
+        return True
+
+    def simple(self, step: Step) -> Step:
+        """Return the step, or one for a single sector if it would end a snapshot half-way.
+
+        How many chunks of such a request are copied before the kernel stops is a matter of timing.
+        """
+        near = [
+            s for s in self.guide.snapshots()
+            if s.status().count("/") == 1
+            and self.free(s) * s.unit <= step[3] + 4 * s.unit
+        ]
+        if not near:
+            return step
+        twin = copy.deepcopy(self.guide)
+        try:
+            before = twin.states()
+            twin.do(step)
+        except (OSError, Nonsense):
+            pass
+        if twin.states() == before:
+            return step
+        if step[0] == "w":
+            return [*step[:3], SECTOR, step[4]]
+        return [*step[:3], SECTOR]
+
+    @staticmethod
+    def free(snapshot: Snapshot) -> int:
+        """Return how many chunks a store still has, data and metadata alike."""
+        used, total = snapshot.status().split(" ")[0].split("/")
+        return (int(total) - int(used)) // max(1, snapshot.store.chunk)
+
+    # the stack, and its end
+
+    def put_together(self) -> None:
+        """Put the origin on its images: base-real of one piece or several, base over it."""
+        total = self.sectors
+        half = total // 2 // 8 * 8
+        tables = {
+            "one": f"0 {total} linear @b 0",
+            "swapped": f"0 {half} linear @b {total - half}\n{half} {total - half} linear @b 0",
+            "striped": f"0 {half} striped 2 4 @b 8 @d 3\n{half} {total - half} linear @d {half}",
+            "zero": f"0 {half} linear @d 11\n{half} 8 zero\n"
+                    f"{half + 8} {total - half - 8} linear @b {half}",
+        }
+        self.add(["create", "base-real", tables[self.pieces]])
+        self.add(["create", "base", f"0 {total} snapshot-origin %base-real"])
+        for image in COWS:
+            magic = bytes(self.model.images[f"@{image}"].data[:4])
+            if magic == b"SnAp" and self.rng.random() < 0.8:
+                yielded = self.create(self.free_name(), image, self.rng.choice(("P", "PO")), 0)
+                for step in yielded:
+                    self.add(step)
+
+    def take_apart(self) -> None:
+        """Remove every device, those on top first."""
+        for _ in range(len(self.model.devices)):
+            for name, device in sorted(self.model.devices.items()):
+                if device.inactive is not None:
+                    self.add(["clear", name])
+                if not self.model.users(device):
+                    self.add(["remove", name])
+        assert not self.model.devices
+
+    # what there is
+
+    def free_cows(self) -> list[str]:
+        used = {snapshot.cow.label for snapshot in self.model.snapshots}
+        return [name for name in COWS if f"@{name}" not in used]
+
+    def free_name(self) -> str:
+        return next(n for n in ("s0", "s1", "s2", "s3", "s4") if n not in self.model.devices)
+
+    def snapshot_names(self) -> list[str]:
+        """Return the devices that are a snapshot, but not of another snapshot."""
+        return sorted({
+            s.device.label for s in self.guide.snapshots()
+            if not isinstance(s, Merge) and s.origin.label == "base-real"
+        })
+
+    def open_names(self) -> list[str]:
+        """Return the devices that can be read and written now."""
+        return [
+            name
+            for name, device in sorted(self.model.devices.items())
+            if device.size and not any(each.suspended for each in device.below())
+        ]
+
+    def one(self) -> Snapshot | None:
+        names = self.snapshot_names()
+        if not names:
+            return None
+        target = (self.model.devices[self.rng.choice(names)].live or [None])[0]
+        return target if isinstance(target, Snapshot) and target.store.chunk else None
+
+    # a few steps at a time
+
+    def next_steps(self) -> Iterator[Step]:
+        """Choose what comes next."""
+        choices: dict[Callable[[], Iterator[Step]], int] = {
+            self.io: 50,
+            self.discard: 6,
+            self.new_snapshot: 10,
+            self.drop_snapshot: 3,
+            self.reopen_snapshot: 5,
+            self.reload_snapshot: 4,
+            self.move_snapshot: 3,
+            self.stack_snapshot: 2,
+            self.merge_snapshot: 4,
+            self.end_merge: 3,
+            self.wipe: 3,
+            self.pause: 3,
+            self.go_on: 4,
+            self.nonsense: 2,
+        }
+        if not self.guide.snapshots():
+            yield from self.new_snapshot()
+        yield from self.rng.choices(list(choices), list(choices.values()))[0]()
+
+    def look(self, whole: bool = False) -> None:
+        """Ask for lines, numbers and bytes."""
+        rng, names = self.rng, sorted(self.model.devices)
+        self.add(["status"])
+        if whole or rng.random() < 0.3:
+            self.add([rng.choice(("table", "table", "inactive"))])
+        for name in names if whole else rng.sample(names, min(1, len(names))):
+            self.add(["info", name])
+        open_names = self.open_names()
+        for name in open_names if whole else rng.sample(open_names, min(1, len(open_names))):
+            size = self.model.devices[name].size
+            start = 0 if whole or rng.random() < 0.7 else rng.randrange(size // SECTOR) * SECTOR
+            self.add(["r", name, start, size])
+
+    def io(self) -> Iterator[Step]:
+        names = [name for name in self.open_names() if name != "base-real"]
+        if not names:
+            yield from self.go_on()
+            return
+        rng = self.rng
+        for _ in range(rng.randint(1, 4)):
+            name = rng.choice(names)
+            sectors = self.model.devices[name].size // SECTOR
+            unit = rng.choice((1, 8, *self.chunks))
+            start = rng.randrange(sectors) // unit * unit
+            most = rng.choice((1, unit, unit, 2 * unit, 8 * unit, 5 * self.largest))
+            length = rng.randint(1, most) if rng.random() < 0.5 else most
+            length = max(1, min(length, sectors - start, LARGEST_REQUEST // SECTOR))
+            if rng.random() < 0.85:
+                yield ["w", name, start * SECTOR, length * SECTOR, rng.randrange(1, 1000)]
+            else:
+                yield ["r", name, start * SECTOR, length * SECTOR]
+
+    def discard(self) -> Iterator[Step]:
+        """Discard whole chunks, or a part of one: what starts amid a chunk ends with it."""
+        rng, targets = self.rng, self.guide.snapshots()
+        names = self.open_names()
+        targets = [t for t in targets if t.device.label in names and t.store.chunk]
+        if not targets:
+            return
+        target = rng.choice(targets)
+        chunk, sectors = target.store.chunk, target.device.size // SECTOR
+        start = rng.randrange(sectors)
+        if rng.random() < 0.6:
+            start = start // chunk * chunk
+            length = min(sectors - start, chunk * rng.randint(1, 6) - rng.choice((0, 0, 1)))
+        else:
+            length = rng.randint(1, max(1, min(sectors, (start // chunk + 1) * chunk) - start))
+        if length and self.can_discard(target):
+            yield ["d", target.device.label, start * SECTOR, length * SECTOR]
+
+    def can_discard(self, target: Snapshot) -> bool:
+        """Tell whether all kernels agree: Linux 6.1 cannot discard a zero target, later ones can."""
+        return self.pieces != "zero" or len(target.features) < 2
+
+    def features(self) -> str:
+        return self.rng.choice(FEATURES[:3] if self.pieces == "zero" else FEATURES)
+
+    def create(
+        self, name: str, image: str, letter: str, chunk: int, length: int | None = None
+    ) -> Iterator[Step]:
+        """Create a snapshot while the origin is suspended.
+
+        On a running origin the kernel would go on to split requests by the chunks of the others.
+        """
+        running = [n for n in ("base",) if not self.model.devices[n].suspended]
+        table = f"0 {length or self.sectors} snapshot %base-real @{image} {letter} {chunk}"
+        for each in running:
+            yield ["suspend", each]
+        yield ["create", name, table + self.features()]
+        for each in running:
+            yield ["resume", each]
+
+    def new_snapshot(self) -> Iterator[Step]:
+        cows = self.free_cows()
+        if not cows or len(self.guide.snapshots()) > 3:
+            return
+        rng = self.rng
+        image = rng.choice(cows)
+        letter = rng.choice(("P", "P", "PO", "N"))
+        chunk = rng.choice(self.chunks)
+        if letter != "N" and self.largest >= 32 and rng.random() < 0.1:
+            chunk = 0
+        length = None
+        if chunk and rng.random() < 0.25:
+            length = max(1, rng.randint(1, self.sectors // chunk)) * chunk
+            length = min(length, self.sectors)
+        yield from self.create(self.free_name(), image, letter, chunk, length)
+
+    def drop_snapshot(self) -> Iterator[Step]:
+        if names := self.snapshot_names():
+            yield ["remove", self.rng.choice(names)]
+
+    def again(self, target: Snapshot, letter: str) -> str:
+        """Return a table for the same COW device once more, with other words around it."""
+        chunk = target.store.chunk if letter == "N" else self.rng.choice((0, *self.chunks))
+        return (
+            f"0 {target.length} snapshot %{target.origin.label} {target.cow.label} "
+            f"{letter} {chunk}{self.features()}"
+        )
+
+    def reopen_snapshot(self) -> Iterator[Step]:
+        """Remove a snapshot and create it again from its COW device."""
+        if target := self.one():
+            letter = "N" if target.store.letter == "N" else self.rng.choice(("P", "PO"))
+            name, table = target.device.label, self.again(target, letter)
+            running = not self.model.devices["base"].suspended
+            yield ["remove", name]
+            if running:
+                yield ["suspend", "base"]
+            yield ["create", name, table]
+            if running:
+                yield ["resume", "base"]
+
+    def reload_snapshot(self) -> Iterator[Step]:
+        """Load the same COW device over itself; the exceptions are handed over at resume."""
+        if target := self.one():
+            letter = "N" if target.store.letter == "N" else self.rng.choice(("P", "PO"))
+            name = target.device.label
+            yield ["reload", name, self.again(target, letter)]
+            yield ["inactive"]
+            yield [self.rng.choice(("clear", "resume", "resume")), name]
+
+    def move_snapshot(self) -> Iterator[Step]:
+        """Hand the exceptions over to another device, which may ask too early."""
+        target = self.one()
+        if target is None or "moved" in self.model.devices:
+            return
+        rng, name = self.rng, target.device.label
+        yield ["create", "moved", f"0 {target.length} zero"]
+        yield ["reload", "moved", self.again(target, target.store.letter)]
+        if rng.random() < 0.3:
+            yield ["resume", "moved"]
+        if rng.random() < 0.2:
+            yield ["remove", name]
+        yield ["suspend", name]
+        yield ["resume", "moved"]
+        if rng.random() < 0.5:
+            yield ["resume", name]
+        yield ["status"]
+        yield ["remove", name]
+
+    def stack_snapshot(self) -> Iterator[Step]:
+        """Put a snapshot on a snapshot."""
+        cows, target = self.free_cows(), self.one()
+        if not cows or target is None or "t" in self.model.devices:
+            return
+        name, rng = target.device.label, self.rng
+        words = f"%{name} @{rng.choice(cows)} {rng.choice('PN')} {rng.choice(self.chunks)}"
+        yield ["create", "o", f"0 {target.length} snapshot-origin %{name}"]
+        yield ["suspend", "o"]
+        yield ["create", "t", f"0 {target.length} snapshot {words}"]
+        yield ["resume", "o"]
+
+    def merge_snapshot(self) -> Iterator[Step]:
+        """Merge a snapshot into base, from disk or by handover."""
+        persistent = [
+            target
+            for target in self.guide.snapshots()
+            if target.origin.label == "base-real" and target.store.letter != "N"
+            and target.kind == "snapshot" and target.store.chunk
+        ]
+        if not persistent:
+            return
+        target = self.rng.choice(persistent)
+        name = target.device.label
+        table = f"0 {self.sectors} snapshot-merge %base-real {target.cow.label} P "
+        table += f"{target.store.chunk}{self.features()}"
+        if self.rng.random() < 0.5:
+            yield ["suspend", "base"]
+            yield ["remove", name]
+            yield ["reload", "base", table]
+            yield ["resume", "base"]
+        else:
+            yield ["reload", "base", table]
+            yield ["suspend", name]
+            yield ["suspend", "base"]
+            yield ["resume", "base"]
+            yield ["resume", name]
+            yield ["remove", name]
+
+    def end_merge(self) -> Iterator[Step]:
+        if any(isinstance(target, Merge) for target in self.model.devices["base"].live or []):
+            yield ["reload", "base", f"0 {self.sectors} snapshot-origin %base-real"]
+            yield ["resume", "base"]
+
+    def wipe(self) -> Iterator[Step]:
+        """Let the next store on an image start afresh: zero its first sector."""
+        if cows := self.free_cows():
+            image = self.rng.choice(cows)
+            yield ["w", f"@{image}", 0, SECTOR, 0]
+
+    def pause(self) -> Iterator[Step]:
+        if names := self.snapshot_names():
+            yield ["suspend", self.rng.choice(names)]
+
+    def go_on(self) -> Iterator[Step]:
+        for name, device in sorted(self.model.devices.items()):
+            if device.suspended:
+                yield ["resume", name]
+
+    def nonsense(self) -> Iterator[Step]:
+        """Yield something that is refused, and must change nothing."""
+        yield self.rng.choice((
+            ["remove", "base-real"],
+            ["remove", "nosuch"],
+            ["create", "gap", "0 8 zero\n9 8 zero"],
+            ["create", "bad", "0 8 snapshot %base-real @c0 P 7"],
+            ["create", "bad", "0 8 snapshot %base-real @c0 X 8"],
+            ["create", "bad", "0 8 snapshot %base-real %base-real P 8"],
+            ["create", "bad", f"0 {self.sectors + 1} snapshot-origin %base-real"],
+            ["create", "bad", f"0 8 linear @b {self.sectors}"],
+            ["create", "bad", "0 9 striped 2 4 @b 0 @d 0"],
+            ["reload", "base", "0 8 nosuch"],
+            ["resume", "nosuch"],
+        ))
+
+
+def table_words(table: str) -> list[str]:
+    """Return the names of devices in a table."""
+    return re.findall(r"%([\w-]+)", table)
