@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 from support import SECTOR, stamp, store_bytes, wait_merge
-from support.crash import LONG, PAGE, Content, Cuts, Entry, read_log
+from support.crash import FLUSH, LONG, PAGE, Content, Cuts, Entry, read_log
 
 import cow
 
@@ -423,6 +423,23 @@ def test_every_state_of_a_merge_with(folder, seed, name):
     plan = Plan(chunk, origin=40 * chunk, store=80 * chunk, preset=preset)
     cuts, _ = visit(plan, folder, program, seed, most=1 << 10)
     told(cuts)
+
+
+def test_every_barrier_is_needed(folder, seed):
+    """The proof of the proof: without any one of the flushes, a state is found that is wrong."""
+    plan = Plan(1, origin=40, store=80, preset=31)
+    program = [("write", "base", 0, 1024), ("write", "snap0", 1024, 512), ("flush", "snap0")]
+    rng = random.Random(seed)
+    recorder = Recorder(plan, folder, rng)
+    entries = recorder.run(program)
+    flushes = [i for i, entry in enumerate(entries) if entry.flags & FLUSH]
+    judge = Judge(plan, folder)
+    assert len(flushes) > 4
+    for i in flushes:
+        with pytest.raises(AssertionError, match="is wrong|is invalid"):
+            for mark, state in Cuts(MOST, rng).of(plan.disk, entries[:i] + entries[i + 1 :]):
+                if mark:
+                    judge.check(state, recorder.legal[mark], mark)
 
 
 # --- cut after cut, and long programs -----------------------------------------------------------

@@ -151,7 +151,9 @@ cdef int image_write(
     return rc
 
 
-cdef int image_pwrite(device *image, uint8_t *data, uint64_t offset, uint64_t length) noexcept nogil:
+cdef int image_pwrite(
+    device *image, uint8_t *data, uint64_t offset, uint64_t length
+) noexcept nogil:
     """Write into a hole with a system call, which fills new pages without zeroing them first.
 
     On a full disk the answer is ENOSPC, and no signal.

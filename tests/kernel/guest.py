@@ -157,12 +157,12 @@ class Disk:
     def __exit__(self, *_: object) -> None:
         os.close(self.file)
 
-    def write(self, data: bytes, offset: int, sync: bool = True) -> int:
+    def write(self, data: bytes, offset: int) -> int:
+        """Write in one request, of at most 4 MiB, and flush."""
         self.buffer[: len(data)] = data
         with memoryview(self.buffer) as view, view[: len(data)] as part:
             count = os.pwritev(self.file, [part], offset)
-        if sync:
-            os.fsync(self.file)
+        os.fsync(self.file)
         return count
 
     def read(self, length: int, offset: int) -> Iterator[bytes]:
@@ -259,10 +259,11 @@ class Machine:
             fcntl.ioctl(disk.file, BLKDISCARD, struct.pack("QQ", offset, length))
 
     def everything(self, flags: int) -> list[str]:
+        """Return lines as dmsetup prints them: one that is empty for a device without a table."""
         return [
             f"{name}: {self.numbered(line)}"
             for name in self.control.names()
-            for line in self.control.lines(name, flags)
+            for line in self.control.lines(name, flags) or [""]
         ]
 
     def do_status(self) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,13 +78,14 @@ class Guide:
         return None
 
     def wipe(self, name: str, offset: int, data: bytes) -> None:
-        """Write to an image itself; what it held before no longer matters if all of it is new."""
+        """Write to an image itself; one that is written up to its end is known again."""
         image = self.model.images[name]
-        whole = bytearray(image.data)
+        whole, known = bytearray(image.data), image.known
         whole[offset : offset + len(data)] = data
-        known = image.known
         self.model.wipe(name, bytes(whole))
-        image.known = None if len(data) == image.size else known
+        image.known = known
+        if known is not None and offset + len(data) == image.size:
+            image.known = None
 
     def states(self) -> list[str]:
         """Return which snapshots are invalid or full, to see that a step ends one."""
@@ -159,6 +159,9 @@ class Author:
                 self.take_apart()
                 self.add(["mark"])
             self.put_together()
+            for _ in range(self.rng.choice((1, 2, 2, 3))):
+                for step in list(self.new_snapshot()):
+                    self.add(step)
             end = len(self.program.steps) + steps // self.parts
             while len(self.program.steps) < end:
                 for step in self.next_steps():
@@ -496,10 +499,17 @@ class Author:
             yield ["resume", "base"]
 
     def wipe(self) -> Iterator[Step]:
-        """Let the next store on an image start afresh: zero its first sector."""
+        """Let the next store on an image start afresh: zero its first sector.
+
+        An image whose contents are not determined is written anew as a whole.
+        """
         if cows := self.free_cows():
-            image = self.rng.choice(cows)
-            yield ["w", f"@{image}", 0, SECTOR, 0]
+            name = f"@{self.rng.choice(cows)}"
+            image = self.model.images[name]
+            if image.known is not None:
+                for start in range(0, image.size, LARGEST_REQUEST):
+                    yield ["w", name, start, min(LARGEST_REQUEST, image.size - start), 5]
+            yield ["w", name, 0, SECTOR, 0]
 
     def pause(self) -> Iterator[Step]:
         if names := self.snapshot_names():
@@ -526,7 +536,3 @@ class Author:
             ["resume", "nosuch"],
         ))
 
-
-def table_words(table: str) -> list[str]:
-    """Return the names of devices in a table."""
-    return re.findall(r"%([\w-]+)", table)

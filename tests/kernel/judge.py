@@ -1,0 +1,151 @@
+"""Let the kernel and cow run the same steps, and compare all that can be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support import SECTOR, trace
+from support.shrink import shrink
+
+import cow
+
+from .programs import Program, Step, sensible
+from .uml import Kernel, KernelError
+
+
+class Difference(AssertionError):
+    """Kernel and cow do not agree."""
+
+
+class Replayer(trace.Replayer):
+    """Runs the steps of a random trace on cow; there are more verbs than in the recorded ones."""
+
+    def do_w(self, name: str, offset: int, length: int, seed: int) -> str:
+        if not name.startswith("@"):
+            return super().do_w(name, offset, length, seed)
+        with Path(self.words[name]).open("r+b") as file:
+            file.seek(offset)
+            return f"w {file.write(trace.fill(length, seed))}"
+
+    def do_d(self, name: str, offset: int, length: int) -> list[str]:
+        self.dm.device(name).discard(offset, length)
+        return []
+
+    def do_clear(self, name: str) -> list[str]:
+        self.dm.clear(name)
+        return []
+
+    def do_inactive(self) -> list[str]:
+        lines = self.dm.table(inactive=True).splitlines()
+        return [self.numbered(line, 1) for line in lines]
+
+    def do_info(self, name: str) -> list[Any]:
+        info = self.dm.info(name)
+        count = info.nr_targets if info.live else 0
+        states = [info.live, info.inactive, info.suspended]
+        return [info.minor, info.open_count, info.event_nr, count, *states]
+
+
+def place(program: Program, folder: Path) -> dict[str, Path]:
+    """Write the images of a program into a new folder."""
+    folder.mkdir()
+    for name, data in program.contents().items():
+        (folder / f"{name}.img").write_bytes(data)
+    return {name: folder / f"{name}.img" for name in program.images}
+
+
+def replay(
+    program: Program, steps: list[Step], answers: list[Any], images: dict[str, Path],
+    durability: str = "process",
+) -> None:
+    """Run steps on cow and compare each answer with that of the kernel."""
+    record = trace.Trace(f"seed {program.seed}", program.images, steps, answers, {})
+    paths = {name: str(path) for name, path in images.items()}
+    with cow.Mapper(durability=durability) as dm:
+        try:
+            Replayer(record, dm, paths, "/nosuch").run()
+        except AssertionError as error:
+            raise Difference(str(error)) from None
+
+
+def compare_images(
+    program: Program, kernels: dict[str, Path], ours: dict[str, Path]
+) -> None:
+    """Compare all bytes that are determined: of a store that ended invalid, its header."""
+    for name, known in program.known.items():
+        theirs, mine = kernels[name].read_bytes()[:known], ours[name].read_bytes()[:known]
+        if theirs != mine:
+            wrong = np.flatnonzero(
+                np.frombuffer(theirs, np.uint8) != np.frombuffer(mine, np.uint8)
+            )
+            raise Difference(
+                f"seed {program.seed}: image {name} differs in {len(wrong)} bytes, from "
+                f"{wrong[0]} (sector {wrong[0] // SECTOR}) to {wrong[-1]}"
+            )
+
+
+class Judge:
+    """Holds the kernel that answers; it is booted when it is needed, and again after a hang."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+        self.kernel: Kernel | None = None
+
+    def running(self) -> Kernel:
+        if self.kernel is None:
+            self.kernel = Kernel(self.folder)
+        return self.kernel
+
+    def close(self) -> None:
+        if self.kernel is not None:
+            self.kernel.close()
+            self.kernel = None
+
+    def new_folder(self) -> Path:
+        self.count += 1
+        return self.folder / f"run{self.count}"
+
+    def ask(self, images: dict[str, Path], steps: list[Step]) -> list[Any]:
+        """Let the kernel run steps on images."""
+        try:
+            return self.running().run(images, steps)
+        except KernelError:
+            assert self.kernel is not None
+            self.kernel.kill()
+            self.kernel = None
+            raise
+
+    def difference(self, program: Program, steps: list[Step], durability: str) -> str:
+        """Run steps on both sides; return what differs, or nothing."""
+        theirs = place(program, self.new_folder())
+        ours = place(program, self.new_folder())
+        answers = self.ask(theirs, steps)
+        try:
+            replay(program, steps, answers, ours, durability)
+            compare_images(program, theirs, ours)
+        except Difference as error:
+            return str(error)
+        finally:
+            for path in [*theirs.values(), *ours.values()]:
+                path.unlink()
+        return ""
+
+    def check(self, program: Program, durability: str = "process") -> None:
+        """Fail, with a shorter program, where kernel and cow do not agree."""
+        first = self.difference(program, program.steps, durability)
+        if not first:
+            return
+
+        def fails(steps: list[Step]) -> bool:
+            left = sensible(program, steps)
+            return len(left) == len(steps) and bool(self.difference(program, left, durability))
+
+        least = shrink(program.steps, fails, 100)
+        lines = "".join(f"    {step!r},\n" for step in least)
+        raise AssertionError(
+            f"{first}\nshrunk: {self.difference(program, least, durability)}\n"
+            f"images = {program.images}\nsteps = [\n{lines}]"
+        )
