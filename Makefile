@@ -5,6 +5,7 @@ ASAN := LD_PRELOAD=$$(gcc -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc
 TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 
+FUZZ := table concise store program
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
@@ -51,17 +52,20 @@ asan: ## Test a build with the address and undefined-behaviour sanitizers
 
 tsan: ## Test a build with the thread sanitizer
 	@COW_BUILD=$@ tools/setup
-	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(TSAN) $(BIN)/pytest $(ARGS)
+	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(TSAN) $(BIN)/pytest --capture=sys $(ARGS)
 
-fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; what is found goes to build/corpus
+fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; build/corpus has what is found
 	@COW_BUILD=$@ tools/setup fuzz
-	@for name in table concise store program; do \
+	@$(CC) -O2 -shared -fPIC -o build/$@/coverage.so fuzz/coverage.c
+	@for name in $(FUZZ); do \
 		mkdir -p build/corpus/$$name; \
 		echo "fuzz: $$name, $(FUZZ_SECONDS) s"; \
-		PYTHONPATH='$(CURDIR)/build/$@/lib' $(ASAN) $(BIN)/python fuzz/main.py $$name \
-			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
-			-artifact_prefix=build/corpus/found-$$name- \
-			$(ARGS) build/corpus/$$name fuzz/corpus/$$name || exit; \
+		PYTHONPATH='$(CURDIR)/build/$@/lib' \
+		LD_PRELOAD="$$PWD/build/$@/coverage.so $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONMALLOC=malloc \
+		$(BIN)/python fuzz/main.py $$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+			-artifact_prefix=build/corpus/found-$$name- $(ARGS) build/corpus/$$name fuzz/corpus/$$name \
+			|| exit; \
 	done
 
 coverage: ## Report the lines that no test runs, the extension's too (any Python but 3.12)

@@ -30,7 +30,9 @@ def run(data: bytes) -> None:
     world = World(scratch.folder(), {"b": (sectors * SECTOR, 1), "c": (size, 0)}, "process")
     try:
         path = world.paths["c"]
-        Path(path).write_bytes(content)
+        with open(path, "wb") as file:
+            file.write(content.rstrip(b"\0") if knobs[0] & 4 else content)
+            file.truncate(size)
         world.model.images[path].data[:] = content
         # The header is read in chunks of the table, 32 sectors where it does not say.
         damaged = (chunk or 32) * SECTOR > size or is_damaged(path, sectors * SECTOR)

@@ -695,9 +695,7 @@ def test_objects_may_be_dropped_in_any_order(tmp_path, order):
     del dm, rig, device
     for index in order:
         thing, things[index] = things[index], None
-        if index == 2:
-            thing.close()
-        elif index == 0:
+        if index == 2 or index == 0:
             thing.close()
         del thing
         gc.collect()

@@ -56,7 +56,7 @@ class Crew:
         def run() -> None:
             try:
                 work(*args)
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 self.errors.append(error)
                 self.stop.set()
 

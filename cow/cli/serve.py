@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cow.cli import OK, Verb
 from cow.errors import CowError, CowOSError
@@ -64,8 +64,11 @@ def _serve(options: argparse.Namespace) -> int:
         exports: list[Export] = []
         try:
             if options.tables:
-                mapper.create_concise(_read_tables(options.tables))
-            exports = _make_exports(mapper, options)
+                _create(mapper, _read_tables(options.tables))
+            for address in options.nbd:
+                exports.append(_export("cow.export.nbd", "NbdServer", mapper, address))
+            for path in options.mount:
+                exports.append(_export("cow.export.fuse", "FuseMount", mapper, path))
             for export in exports:
                 export.start()
             server.start()
@@ -110,15 +113,23 @@ def _read_tables(path: str) -> str:
     return ";".join(line.removesuffix(";") for line in entries)
 
 
-def _make_exports(mapper: Mapper, options: argparse.Namespace) -> list[Export]:
-    exports = [_export("cow.export.nbd", "NbdServer", mapper, address) for address in options.nbd]
-    exports += [_export("cow.export.fuse", "FuseMount", mapper, path) for path in options.mount]
-    return exports
+def _create(mapper: Mapper, text: str) -> None:
+    """Make the devices of a --concise text; one whose table is empty has none."""
+    from cow.table import parse_concise
+
+    for entry in parse_concise(text):
+        mapper.create(
+            entry.name,
+            entry.table or None,
+            uuid=entry.uuid or None,
+            readonly=bool(entry.readonly),
+            minor=entry.minor,
+        )
 
 
-def _export(module: str, name: str, mapper: Mapper, where: str) -> Any:  # noqa: ANN401
+def _export(module: str, name: str, mapper: Mapper, where: str) -> Export:
     try:
-        made = getattr(importlib.import_module(module), name)(mapper, where)
+        made: Export = getattr(importlib.import_module(module), name)(mapper, where)
     except ModuleNotFoundError as error:
         if error.name == module:
             raise CowError(f"{where}: this version has no {module}") from error

@@ -54,6 +54,7 @@ cdef struct nbd_connection:
     bint structured
     uint32_t context                # id of base:allocation, 0: not negotiated
     uint32_t stopping
+    uint64_t prepared               # so many of the next requests are writes prepared already
     nbd_buffer received
     nbd_buffer replies
 
@@ -303,6 +304,44 @@ cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept n
     return nbd_put_reply(c, r, NBD_REPLY_NONE, 0, rc)
 
 
+cdef bint nbd_parse(nbd_buffer *b, size_t at, nbd_request *r) noexcept nogil:
+    """Take apart the request that starts at `at`; false if it is none."""
+    cdef uint8_t *p = b.data + at
+    r.flags = <uint32_t>port_get_be(p + 4, 2)
+    r.type = <uint32_t>port_get_be(p + 6, 2)
+    r.cookie = port_get_be(p + 8, 8)
+    r.offset = port_get_be(p + 16, 8)
+    r.length = port_get_be(p + 24, 4)
+    return port_get_be(p, 4) == NBD_REQUEST_MAGIC
+
+
+cdef uint64_t nbd_prepare(nbd_connection *c) noexcept nogil:
+    """Prepare the writes that have arrived, and commit them together: one pair of barriers for all.
+
+    Each is answered by itself afterwards; whatever went wrong here shows then. Return how many.
+    """
+    cdef nbd_buffer *b = &c.received
+    cdef nbd_request r
+    cdef commit_group group
+    cdef bio preparing
+    cdef size_t at = b.start
+    cdef uint64_t count = 0
+    group.count = 0
+    port_read_lock(&c.dev.gate.lock)
+    while b.end - at >= NBD_REQUEST_SIZE and nbd_parse(b, at, &r) and r.type == NBD_WRITE:
+        if r.length > b.end - at - NBD_REQUEST_SIZE or r.length == 0 or not c.dev.writable:
+            break
+        bio_init(&preparing, PREPARE, emit_nothing, b.data + at + NBD_REQUEST_SIZE)
+        preparing.group = &group
+        if device_map(c.dev, &preparing, r.offset, r.length):
+            break
+        at += NBD_REQUEST_SIZE + r.length
+        count += 1
+    group_commit(&group)
+    port_read_unlock(&c.dev.gate.lock)
+    return max(count, <uint64_t>1)
+
+
 cdef int nbd_serve(nbd_connection *c) noexcept nogil:
     """Answer requests until the client goes; -EINVAL for what is no request."""
     cdef nbd_request r
@@ -313,14 +352,8 @@ cdef int nbd_serve(nbd_connection *c) noexcept nogil:
         rc = nbd_receive(c, NBD_REQUEST_SIZE)
         if rc:
             return 0 if rc == 1 else rc
-        p = c.received.data + c.received.start
-        if port_get_be(p, 4) != NBD_REQUEST_MAGIC:
+        if not nbd_parse(&c.received, c.received.start, &r):
             return -EINVAL
-        r.flags = <uint32_t>port_get_be(p + 4, 2)
-        r.type = <uint32_t>port_get_be(p + 6, 2)
-        r.cookie = port_get_be(p + 8, 8)
-        r.offset = port_get_be(p + 16, 8)
-        r.length = port_get_be(p + 24, 4)
         if r.type == NBD_DISC:
             return nbd_send(c)
         payload = r.length if r.type == NBD_WRITE else 0
@@ -329,6 +362,10 @@ cdef int nbd_serve(nbd_connection *c) noexcept nogil:
         rc = nbd_receive(c, NBD_REQUEST_SIZE + payload)
         if rc:
             return 0 if rc == 1 else rc
+        if r.type == NBD_WRITE and c.dev.nr_locks:
+            if c.prepared == 0:
+                c.prepared = nbd_prepare(c)
+            c.prepared -= 1
         p = c.received.data + c.received.start + NBD_REQUEST_SIZE
         rc = nbd_answer(c, &r, p if r.type == NBD_WRITE else NULL)
         c.received.start += NBD_REQUEST_SIZE + payload

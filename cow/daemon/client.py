@@ -34,6 +34,8 @@ class Client:
     def __init__(self, path: str | None = None) -> None:
         self.path = protocol.socket_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.described: dict[str, Any] = {}
+        """The last error as the server described it."""
         self._received = bytearray()
         try:
             self._connect()
@@ -46,7 +48,9 @@ class Client:
             with protocol.short_address(self.path) as address:
                 self._socket.connect(address)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            raise NotServed(f"{self.path}: no cow serve there; start one with: cow serve") from error
+            raise NotServed(
+                f"{self.path}: no cow serve there; start one with: cow serve"
+            ) from error
         except OSError as error:
             raise CowOSError(f"{self.path}: {error.strerror or error}", error.errno) from error
         uid = protocol.peer(self._socket)[1]
@@ -58,7 +62,8 @@ class Client:
         self.send(protocol.encode({"cow": protocol.VERSION, "verb": verb, "args": args}))
         answer = self.receive()
         if "error" in answer:
-            raise protocol.make_error(answer["error"])
+            self.described = answer["error"]
+            raise protocol.make_error(self.described)
         return answer.get("result")
 
     def send(self, line: bytes) -> None:
@@ -69,7 +74,7 @@ class Client:
             # The server may have said why before it hung up.
             try:
                 answer = self.receive()
-            except CowOSError:
+            except NotServed:
                 raise self._gone() from error
             raise protocol.make_error(answer.get("error", {})) from error
 
@@ -86,8 +91,8 @@ class Client:
         line, _, self._received = self._received.partition(b"\n")
         return protocol.decode(line)
 
-    def _gone(self) -> CowOSError:
-        return CowOSError(f"{self.path}: the server went away", errno.ECONNRESET)
+    def _gone(self) -> NotServed:
+        return NotServed(f"{self.path}: the server went away", errno.ECONNRESET)
 
     def close(self) -> None:
         """Hang up."""

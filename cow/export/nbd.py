@@ -173,6 +173,8 @@ class _Client(threading.Thread):
         """The export that base:allocation was negotiated for."""
         self._no_zeroes = False
         self._stopping = False
+        self._opened = contextlib.ExitStack()
+        """Holds the device open from the moment the client was told it has it."""
 
     def stop(self) -> None:
         """Disconnect after the request under way."""
@@ -185,7 +187,7 @@ class _Client(threading.Thread):
     def run(self) -> None:
         """Talk to the client until it goes."""
         try:
-            with self._socket:
+            with self._socket, self._opened:
                 if self._socket.family != socket.AF_UNIX:
                     self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._socket.settimeout(HANDSHAKE_SECONDS)
@@ -199,17 +201,16 @@ class _Client(threading.Thread):
             self._forget(self)
 
     def _serve(self, device: Device) -> None:
-        with device.open(buffering=0):
-            self._socket.settimeout(None)
-            context = CONTEXT_ID if self._context in (device.name, "") else 0
-            self._transmission = _core.NbdConnection(
-                self._socket.fileno(),
-                device,
-                structured=self._structured,
-                context=context if self._structured else 0,
-            )
-            if not self._stopping:
-                self._transmission.run()
+        self._socket.settimeout(None)
+        negotiated = self._structured and self._context == device.name
+        self._transmission = _core.NbdConnection(
+            self._socket.fileno(),
+            device,
+            structured=self._structured,
+            context=CONTEXT_ID if negotiated else 0,
+        )
+        if not self._stopping:
+            self._transmission.run()
 
     # The handshake.
 
@@ -254,6 +255,8 @@ class _Client(threading.Thread):
             replies = self._list(data)
         elif option in (OPT_INFO, OPT_GO):
             replies, device = self._info(data)
+            if device is not None and option == OPT_GO:
+                self._opened.enter_context(device.open(buffering=0))
         elif option == OPT_STRUCTURED_REPLY:
             self._structured = self._structured or not data
             replies = [_Reply(REP_ERR_INVALID if data else REP_ACK)]
@@ -283,6 +286,7 @@ class _Client(threading.Thread):
         device = self._find(_text(data))
         if device is None:
             raise ProtocolError(f"no device {_text(data)!r}")
+        self._opened.enter_context(device.open(buffering=0))
         zeros = b"" if self._no_zeroes else bytes(124)
         self._socket.sendall(struct.pack(">QH", device.size, _flags(device)) + zeros)
         return device

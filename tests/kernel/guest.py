@@ -184,6 +184,7 @@ class Machine:
         self.control = Control()
         self.slots: dict[str, int] = {}
         self.data: bytes = b""
+        self.held: list[int] = []
 
     def words(self, table: str) -> str:
         """Put MAJOR:MINOR where a table has @IMAGE or %NAME."""
@@ -191,6 +192,8 @@ class Machine:
             return f"{UBD_MAJOR}:{16 * self.slots[match[1]]}"
 
         def device(match: re.Match[str]) -> str:
+            if match[1] not in self.control.names():
+                raise OSError(errno.ENOENT, "no such device")
             info = self.control.call(STATUS, match[1])
             return f"{info.major}:{info.minor}"
 
@@ -292,12 +295,24 @@ class Machine:
 
     # beside traces
 
-    def do_settle(self, name: str) -> None:
-        """Let a ubd find out whether its file can zero ranges; the first try may fail."""
-        with Disk(self.path(f"@{name}")) as disk:
-            first = b"".join(disk.read(SECTOR, 0))
-            fcntl.ioctl(disk.file, BLKZEROOUT, struct.pack("QQ", 0, SECTOR))
-            disk.write(first, 0)
+    def hold(self, slots: dict[str, int]) -> None:
+        """Keep the disks open until the end, and let each find out if its file can zero ranges.
+
+        Where it cannot (on tmpfs), the first try after an open fails, and later ones are spared.
+        """
+        self.slots = slots
+        for name in slots:
+            with Disk(self.path(f"@{name}")) as disk:
+                self.held.append(os.dup(disk.file))
+                first = b"".join(disk.read(SECTOR, 0))
+                fcntl.ioctl(disk.file, BLKZEROOUT, struct.pack("QQ", 0, SECTOR))
+                disk.write(first, 0)
+
+    def clean(self) -> None:
+        """Leave no device behind, and the disks free to be pulled out."""
+        self.control.clean()
+        while self.held:
+            os.close(self.held.pop())
 
     def do_run(self, *command: str) -> list[str]:
         """Run a program; %NAME and @IMAGE in its words become paths."""
@@ -328,12 +343,10 @@ def run(machine: Machine, name: str) -> None:
     answers: list[Any] = []
     try:
         if "slots" in job:
-            machine.slots = job["slots"]
-            for image in machine.slots:
-                machine.do_settle(image)
+            machine.hold(job["slots"])
         answers.extend(machine.step(*step) for step in job["steps"])
         if job["clean"]:
-            machine.control.clean()
+            machine.clean()
     except Exception:
         answers = [traceback.format_exc()]
         answers.insert(0, "broken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from .uml import Kernel, KernelError
 
 
 class Difference(AssertionError):
-    """Kernel and cow do not agree."""
+    """Kernel and cow do not agree; `kind` tells one disagreement from another."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class Replayer(trace.Replayer):
@@ -67,7 +72,8 @@ def replay(
         try:
             Replayer(record, dm, paths, "/nosuch").run()
         except AssertionError as error:
-            raise Difference(str(error)) from None
+            verb = re.search(r"step \d+ \['(\w+)'", str(error))
+            raise Difference(str(error), verb[1] if verb else "") from None
 
 
 def compare_images(
@@ -82,7 +88,8 @@ def compare_images(
             )
             raise Difference(
                 f"seed {program.seed}: image {name} differs in {len(wrong)} bytes, from "
-                f"{wrong[0]} (sector {wrong[0] // SECTOR}) to {wrong[-1]}"
+                f"{wrong[0]} (sector {wrong[0] // SECTOR}) to {wrong[-1]}",
+                "image",
             )
 
 
@@ -118,8 +125,10 @@ class Judge:
             self.kernel = None
             raise
 
-    def difference(self, program: Program, steps: list[Step], durability: str) -> str:
-        """Run steps on both sides; return what differs, or nothing."""
+    def difference(
+        self, program: Program, steps: list[Step], durability: str = "process"
+    ) -> Difference | None:
+        """Run steps on both sides; return what differs."""
         theirs = place(program, self.new_folder())
         ours = place(program, self.new_folder())
         answers = self.ask(theirs, steps)
@@ -127,21 +136,24 @@ class Judge:
             replay(program, steps, answers, ours, durability)
             compare_images(program, theirs, ours)
         except Difference as error:
-            return str(error)
+            return error
         finally:
             for path in [*theirs.values(), *ours.values()]:
                 path.unlink()
-        return ""
+        return None
 
     def check(self, program: Program, durability: str = "process") -> None:
         """Fail, with a shorter program, where kernel and cow do not agree."""
         first = self.difference(program, program.steps, durability)
-        if not first:
+        if first is None:
             return
 
         def fails(steps: list[Step]) -> bool:
             left = sensible(program, steps)
-            return len(left) == len(steps) and bool(self.difference(program, left, durability))
+            if len(left) < len(steps):
+                return False
+            found = self.difference(program, left, durability)
+            return found is not None and found.kind == first.kind
 
         least = shrink(program.steps, fails, 100)
         lines = "".join(f"    {step!r},\n" for step in least)

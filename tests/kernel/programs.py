@@ -364,11 +364,14 @@ class Author:
             yield ["d", target.device.label, start * SECTOR, length * SECTOR]
 
     def can_discard(self, target: Snapshot) -> bool:
-        """Tell whether all kernels agree: Linux 6.1 cannot discard a zero target, later ones can."""
-        return self.pieces != "zero" or len(target.features) < 2
+        """Tell whether all kernels agree: Linux 6.1 cannot discard a zero target, later ones can.
+
+        What a snapshot can discard is also limited by its origin.
+        """
+        return self.pieces != "zero" or not target.features
 
     def features(self) -> str:
-        return self.rng.choice(FEATURES[:3] if self.pieces == "zero" else FEATURES)
+        return self.rng.choice(FEATURES)
 
     def create(
         self, name: str, image: str, letter: str, chunk: int, length: int | None = None

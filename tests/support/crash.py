@@ -375,7 +375,7 @@ def stream(dm: Any, work: Work, name: str) -> None:
     """Do the work of one thread; a failure ends the child."""
     try:
         run(dm, work._replace(stream=name), lambda n: os.write(1, f"{name} {n}\n".encode()))
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         traceback.print_exc()
         os._exit(1)
 
@@ -446,7 +446,7 @@ def main() -> None:
         if pid == 0:
             try:
                 child(Work(*json.loads(line)))
-            except BaseException:  # noqa: BLE001
+            except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
