@@ -82,7 +82,7 @@ class Image(_core.FileDevice):
         """Whether `path` leads to the file that is open here."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._files[0]))
-        except OSError:
+        except (OSError, ValueError):
             return False
 
     def close(self) -> None:
@@ -107,6 +107,8 @@ def _open(path: str, readonly: bool) -> int:
         file = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ImageNotFound(f"{path}: no such device or file") from error
+    except ValueError as error:  # a name no file can have: a NUL, or not to be encoded
+        raise ImageError(f"{path!r}: {error}", errno.EINVAL) from error
     except OSError as error:
         code = errno.ENOTBLK if error.errno == errno.EISDIR else error.errno
         raise ImageError(f"{path}: cannot open: {error.strerror}", code) from error

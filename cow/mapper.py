@@ -540,12 +540,19 @@ def _number_of(device: Any) -> str:  # noqa: ANN401
     return "{}:{}".format(*device.major_minor)
 
 
+def _encoded_size(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{text!r}: not to be encoded in UTF-8") from error
+
+
 def _check_name(name: str) -> None:
     if not name:
         raise InvalidArgument("Non empty new name is required.")
     if "/" in name:
         raise InvalidArgument(f'Name "{name}" invalid. It contains "/".')
-    if len(name.encode()) > MAX_NAME:
+    if _encoded_size(name) > MAX_NAME:
         raise InvalidArgument(f'Name "{name}" too long: at most {MAX_NAME} bytes.')
     if name in ("control", ".", ".."):
         raise InvalidArgument(f'Name "{name}" is reserved.')
@@ -554,7 +561,7 @@ def _check_name(name: str) -> None:
 def _check_uuid(uuid: str | None) -> None:
     if uuid is None:
         return
-    if len(uuid.encode()) > MAX_UUID:
+    if _encoded_size(uuid) > MAX_UUID:
         raise InvalidArgument(f'UUID "{uuid}" too long: at most {MAX_UUID} bytes.')
     if "/" in uuid:
         raise InvalidArgument(f'UUID "{uuid}" invalid. It contains "/".')

@@ -35,7 +35,7 @@ def parse(text: str) -> list[Line]:
     """Split table text into lines; TableFormatError names the line that is none."""
     lines = []
     for number, line in enumerate(text.split("\n"), start=1):
-        line = line.strip()
+        line = line.lstrip()
         if not line or line.startswith("#"):
             continue
         found = re.match(r"([+-]?[0-9]+)\s+([+-]?[0-9]+)\s+(\S+)(.*)", line, re.DOTALL)
@@ -46,22 +46,33 @@ def parse(text: str) -> list[Line]:
         type_name = found[3]
         if len(type_name) >= MAX_TYPE_NAME:
             raise TableFormatError(f"Target type name {type_name} is too long.", line=number)
-        args = found[4].partition("#")[0]
-        # scanf %llu takes a sign and wraps around.
-        start, length = int(found[1]) % 2**64, int(found[2]) % 2**64
-        lines.append(Line(number, start, length, type_name, split_args(args)))
+        start, length = _scan_number(found[1]), _scan_number(found[2])
+        lines.append(Line(number, start, length, type_name, split_args(found[4])))
     return lines
 
 
+def _scan_number(text: str) -> int:
+    """Read a number as scanf's %llu does: it wraps at a minus sign, and stops at the largest."""
+    digits = text.lstrip("+-").lstrip("0")
+    if len(digits) > 20 or int(digits or "0") >= 2**64:
+        return 2**64 - 1
+    return int(digits or "0") * (-1 if text[0] == "-" else 1) % 2**64
+
+
 def split_args(text: str) -> list[str]:
-    """Split parameters at white space; a backslash before a blank or a backslash quotes it."""
-    words = re.findall(r"(?:\\[\s\\]|\S)+", text)
-    return [re.sub(r"\\([\s\\])", r"\1", word) for word in words]
+    """Split parameters at white space; # ends them.
+
+    A backslash before a blank, a # or a backslash quotes it.
+    """
+    words = re.findall(r"(?:\\[\s\\#]|[^\s#])+|#", text)
+    if "#" in words:
+        words = words[: words.index("#")]
+    return [re.sub(r"\\([\s\\#])", r"\1", word) for word in words]
 
 
 def quote_arg(word: str) -> str:
     """Write a parameter so that `split_args` reads it back."""
-    return re.sub(r"([\s\\])", r"\\\1", word)
+    return re.sub(r"([\s\\#])", r"\\\1", word)
 
 
 class Table:
@@ -240,7 +251,7 @@ def _parse_concise_device(fields: list[str]) -> ConciseDevice:
     name, uuid, minor, flags, *table = fields
     if flags not in ("", "ro", "rw"):
         raise TableFormatError(f"Invalid flags parameter '{flags}' must be 'ro' or 'rw' or empty.")
-    if minor and not minor.isdecimal():
+    if minor and not re.fullmatch(r"[0-9]{1,20}", minor):
         raise TableFormatError(f"Failed to parse minor number from '{minor}'.")
     return ConciseDevice(
         name,
@@ -267,4 +278,6 @@ def format_concise(devices: list[ConciseDevice]) -> str:
 
 
 def _quote_concise(field: str) -> str:
-    return re.sub(r"([,;\\])", r"\\\1", field)
+    """Quote what would end a field, and a blank that would be skipped before it."""
+    quoted = re.sub(r"([,;\\])", r"\\\1", field)
+    return f"\\{quoted}" if quoted.startswith(" ") else quoted

@@ -119,9 +119,9 @@ def all_targets() -> list[type[Target]]:
 
 def parse_number(text: str, error: str, most: int = 2**64 - 1) -> int:
     """Parse an unsigned decimal as the kernel does, or raise TargetError with its text."""
-    if not re.fullmatch(r"[0-9]+", text) or int(text) > most:
+    if not re.fullmatch(r"0*[0-9]{1,20}", text) or int(text[-20:]) > most:
         raise TargetError(error)
-    return int(text)
+    return int(text[-20:])
 
 
 def open_device(

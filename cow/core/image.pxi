@@ -11,6 +11,9 @@ cdef int emit_read(bio *b, device *image, uint64_t offset, uint64_t length) noex
         rc = port_copy_stream(b.data + b.done, image.base + offset, length)
     else:
         rc = port_copy(b.data + b.done, image.base + offset, length)
+    if rc and image != NULL:
+        # A hole reads as zeros even where the disk has no room for its page.
+        return emit_pread(b, image, offset, length)
     b.done += length
     return rc
 
@@ -114,7 +117,9 @@ cdef int image_grow(device *image, uint64_t file_size) noexcept nogil:
     if not image.writable:
         return -EPERM
     pthread_mutex_lock(&image.grow_mutex)
-    if image.file_size < file_size:
+    if lseek(image.fd, 0, 2) < <int64_t>image.file_size:
+        rc = -EIO                   # cut short: what is lost must not come back as a hole
+    elif image.file_size < file_size:
         file_size = min(image.size, (file_size + PAGE - 1) & ~<uint64_t>(PAGE - 1))
         if ftruncate(image.fd, <int64_t>file_size):
             rc = -errno
@@ -159,6 +164,8 @@ cdef int image_pwrite(
     On a full disk the answer is ENOSPC, and no signal.
     """
     cdef int64_t n
+    if lseek(image.fd, 0, 2) < <int64_t>image.file_size:
+        return -EIO                 # cut short: what is lost must not come back as a hole
     while length:
         n = pwrite(image.fd, data, length, <int64_t>offset)
         if n < 0 and errno == EINTR:

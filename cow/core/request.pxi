@@ -190,7 +190,9 @@ cdef int copy_device(
         b.context = &to
         rc = device_map(source, &b, source_offset, length)
         port_stream_end()
-        return rc
+        if rc != -EIO:
+            return rc
+        rc = 0                      # it may be a hole on a full disk: read it the slow way
     bounce = <uint8_t *>malloc(min(length, <uint64_t>BOUNCE_SIZE))
     if bounce == NULL:
         return -ENOMEM

@@ -40,17 +40,25 @@ cdef int store_configure(store *st, int chunk_shift, uint64_t nr_origin_chunks) 
 
 
 cdef int store_write_header(store *st, uint32_t valid) noexcept nogil:
-    """Write chunk 0: magic, valid, version 1, chunk size in sectors; the rest is zeros."""
+    """Write chunk 0: magic, valid, version 1, chunk size in sectors; the rest is zeros.
+
+    The header comes last in a new store, and first where it says invalid, come what may.
+    """
     cdef uint32_t header[4]
-    cdef int rc
+    cdef int rc = 0
     header[0] = 0x70416e53
     header[1] = valid
     header[2] = 1
     header[3] = <uint32_t>(chunk_bytes(st) / SECTOR)
-    rc = write_device(st.cow, NULL, sizeof(header), chunk_bytes(st) - sizeof(header))
+    if valid:
+        rc = write_device(st.cow, NULL, sizeof(header), chunk_bytes(st) - sizeof(header))
     if rc == 0:
         rc = write_device(st.cow, <uint8_t *>header, 0, sizeof(header))
-    return rc if rc else barrier(st.cow, 0, chunk_bytes(st))
+    if rc == 0:
+        rc = barrier(st.cow, 0, chunk_bytes(st))
+    if rc == 0 and not valid:
+        write_device(st.cow, NULL, sizeof(header), chunk_bytes(st) - sizeof(header))
+    return rc
 
 
 cdef int store_format(store *st) noexcept nogil:
