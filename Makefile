@@ -9,10 +9,11 @@ FUZZ := table concise store program
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint format sdist debug asan tsan fuzz coverage clean
+.PHONY: help setup build demo test test-kernel bench lint format sdist debug asan tsan fuzz \
+	coverage clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z ]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z -]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
 
 setup build: ## Install what is missing, make .venv, build the extension (the others do this first)
 	@tools/setup
@@ -23,6 +24,10 @@ demo: setup ## Run the main job on a real ext4 image
 test: ## Run the tests; ARGS="--seed N" repeats a run, ARGS="-k WORD" picks tests
 	@tools/setup test
 	@$(BIN)/pytest $(ARGS)
+
+test-kernel: ## Compare with the real kernel, run as a process (User Mode Linux): three minutes
+	@tools/setup test
+	@$(BIN)/pytest tests/kernel $(ARGS)
 
 bench: setup ## Run the benchmarks, each beside its baseline
 	@$(BIN)/pytest benchmarks $(ARGS)
@@ -70,8 +75,7 @@ fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; build/corpus has w
 
 coverage: ## Report the lines that no test runs, the extension's too (any Python but 3.12)
 	@COW_BUILD=$@ tools/setup dev
-	@COW_BUILD=$@ $(BIN)/coverage run -m pytest $(ARGS)
-	@$(BIN)/coverage report
+	@COW_BUILD=$@ $(BIN)/coverage run -m pytest $(ARGS); status=$$?; $(BIN)/coverage report; exit $$status
 
 clean: ## Remove what was built, .venv too
 	rm -rf .venv build dist *.egg-info cow/_core.c cow/core/_core.c cow/*.so .coverage

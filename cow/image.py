@@ -33,6 +33,7 @@ class Image(_core.FileDevice):
         readonly: bool = False,
         logical_block_size: int = SECTOR_SIZE,
     ) -> None:
+        self._files: list[int] = []
         if logical_block_size < SECTOR_SIZE or not is_power_of_2(logical_block_size):
             raise InvalidArgument(
                 f"{path}: logical block size {logical_block_size} is not a power of 2 from 512 on"
@@ -42,7 +43,6 @@ class Image(_core.FileDevice):
         self.major_minor = (7, 0)
         self.holders: list[object] = []
         self.kept = False
-        self._files: list[int] = []
         self._grow_to = size
         try:
             self._attach(readonly)

@@ -280,4 +280,4 @@ def format_concise(devices: list[ConciseDevice]) -> str:
 def _quote_concise(field: str) -> str:
     """Quote what would end a field, and a blank that would be skipped before it."""
     quoted = re.sub(r"([,;\\])", r"\\\1", field)
-    return f"\\{quoted}" if quoted.startswith(" ") else quoted
+    return f"\\{quoted}" if quoted[:1].isspace() else quoted

@@ -71,7 +71,7 @@ def packed(data: bytes, size: int) -> bytes:
     flags, data = (data[0], data[1:]) if data else (0, b"")
     chunk = 1 << (flags >> 1 & 3)
     content = bytearray(fill(size, 3))
-    content[:chunk * SECTOR] = bytes(min(size, chunk * SECTOR))
+    content[: chunk * SECTOR] = bytes(min(size, chunk * SECTOR))
     header = header_bytes(chunk, valid=int(flags & 8 == 0))
     if flags & 1:
         header, data = data[:16].ljust(16, b"\0"), data[16:]
@@ -130,7 +130,7 @@ def check_repair(path: str) -> None:
 
 
 def use(world: World, requests: bytes, size: int, *, merge: bool) -> None:
-    """Write to the snapshot and to the origin, and merge; the model does the same."""
+    """Write to the snapshot and to the origin, and merge what is valid; so does the model."""
     for at in range(0, len(requests), 3):
         what, where, length = requests[at : at + 3]
         if not what:
@@ -139,11 +139,14 @@ def use(world: World, requests: bytes, size: int, *, merge: bool) -> None:
         offset = where * size // 256 // SECTOR * SECTOR
         length = min((length % 24 + 1) * SECTOR, size - offset)
         world.run([("write", name, offset, length, what)])
-    if not merge:
+    if not merge or world.model.status("s").endswith("Invalid"):
         return
     table = world.model.table("s").replace(" snapshot ", " snapshot-merge ")
     for op in (
-        ("suspend", "base"), ("remove", "s"), ("load", "base", table), ("resume", "base"),
+        ("suspend", "base"),
+        ("remove", "s"),
+        ("load", "base", table),
+        ("resume", "base"),
     ):
         world.run([op])
 
@@ -158,5 +161,3 @@ def check_closed(world: World, path: str) -> None:
     except cow.StoreError as error:
         raise AssertionError(f"{error} after {left}") from error
     assert kinds <= HARMLESS or not valid, f"{kinds} after {left}"
-
-

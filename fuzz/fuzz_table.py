@@ -1,4 +1,4 @@
-"""Bytes → table text → parsed, loaded, printed and loaded again; or refused with nothing changed."""
+"""Bytes → table text → parsed, loaded, printed, loaded again; or refused with nothing changed."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _serve(options: argparse.Namespace) -> int:
     from cow.mapper import Mapper
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="cow: %(message)s")
-    stop = _stop_signals()
+    stopped = _stop_signals()
     mapper = Mapper(durability=options.durability)
     try:
         server = Server(mapper, options.socket)
@@ -65,16 +65,18 @@ def _serve(options: argparse.Namespace) -> int:
         try:
             if options.tables:
                 _create(mapper, _read_tables(options.tables))
-            for address in options.nbd:
-                exports.append(_export("cow.export.nbd", "NbdServer", mapper, address))
-            for path in options.mount:
-                exports.append(_export("cow.export.fuse", "FuseMount", mapper, path))
+            exports.extend(
+                _export("cow.export.nbd", "NbdServer", mapper, address) for address in options.nbd
+            )
+            exports.extend(
+                _export("cow.export.fuse", "FuseMount", mapper, path) for path in options.mount
+            )
             for export in exports:
                 export.start()
             server.start()
             log.info("process %d serves %s", os.getpid(), server.path)
             _notify("READY=1")
-            stop.wait()
+            os.read(stopped, 1)
             log.info("stopping")
             _notify("STOPPING=1")
         finally:
@@ -86,17 +88,21 @@ def _serve(options: argparse.Namespace) -> int:
     return OK
 
 
-def _stop_signals() -> threading.Event:
-    """Return an event that SIGTERM and SIGINT set. A second one ends the process at once."""
-    stop = threading.Event()
+def _stop_signals() -> int:
+    """Return a pipe that SIGTERM and SIGINT write to. A second one ends the process at once.
+
+    Whichever thread the signal goes to writes, so that the main thread wakes up in any case.
+    """
+    stopped, stop = os.pipe()
+    os.set_blocking(stop, False)
+    signal.set_wakeup_fd(stop)
 
     def handler(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
-    return stop
+    return stopped
 
 
 def _read_tables(path: str) -> str:
@@ -173,9 +179,8 @@ def _notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        with contextlib.suppress(OSError):
-            notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
 EPILOG = """\

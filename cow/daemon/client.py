@@ -21,6 +21,8 @@ from typing import Any
 from cow.daemon import protocol
 from cow.errors import CowOSError
 
+NOBODY = "nobody serves there; start a server with: cow serve"
+
 
 class NotServed(CowOSError):
     """Nobody answers at the control socket."""
@@ -48,9 +50,7 @@ class Client:
             with protocol.short_address(self.path) as address:
                 self._socket.connect(address)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            raise NotServed(
-                f"{self.path}: no cow serve there; start one with: cow serve"
-            ) from error
+            raise NotServed(f"{self.path}: {NOBODY}") from error
         except OSError as error:
             raise CowOSError(f"{self.path}: {error.strerror or error}", error.errno) from error
         uid = protocol.peer(self._socket)[1]

@@ -129,7 +129,7 @@ def _argument(verb: str, name: str, param: Param, args: dict[str, Any]) -> Any: 
             raise ProtocolError(f"{verb}: {name} is no text") from error
         if "\0" in value:
             raise ProtocolError(f"{verb}: {name} holds a zero byte")
-    elif not 0 <= value < 2**64:
+    elif isinstance(value, int | float) and not 0 <= value < 2**64:
         raise ProtocolError(f"{verb}: {name} is out of range")
     return value
 

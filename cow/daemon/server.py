@@ -103,6 +103,8 @@ class Server:
 
     def stop(self) -> None:
         """Answer what was asked, hang up, and give the socket up to another server."""
+        if self.stopping.is_set():
+            return
         self.stopping.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -316,8 +318,9 @@ class _Client:
         except Exception as error:  # a bug of ours: it costs this request, not the devices
             log.exception("a request failed")
             answer = {"error": protocol.describe_error(error)}
-        self._send(answer)
+        self.since = time.monotonic()
         self.busy = False
+        self._send(answer)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._socket.sendall(protocol.encode(message))
@@ -415,7 +418,13 @@ def _describe(device: Device) -> dict[str, Any]:
         }
         for each in reversed(below)
     ]
-    return asdict(device.info()) | {"sectors": device.sectors, "deps": deps}
+    inactive = device.inactive
+    return asdict(device.info()) | {
+        "inactive_targets": len(inactive.targets) if inactive else 0,
+        "inactive_readonly": inactive is not None and inactive.readonly,
+        "sectors": device.sectors,
+        "deps": deps,
+    }
 
 
 def _create(mapper: Mapper, *, name: str, **args: Any) -> dict[str, Any]:  # noqa: ANN401

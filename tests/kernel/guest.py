@@ -322,8 +322,15 @@ class Machine:
         )
         return [str(done.returncode), done.stdout, done.stderr]
 
+    def do_dump(self, name: str, file: str) -> None:
+        """Copy the bytes of a device to a new file in the scratch folder."""
+        with Disk(self.path(name)) as disk, open(f"{SCRATCH}/{file}", "wb") as copy:
+            for part in disk.read(1 << 40, 0):
+                copy.write(part)
+
     def do_work(self, writes: list[list[Any]]) -> None:
-        """Do many writes and say on the console how many are done after each."""
+        """Do many writes, and say on the console how many are done: first none, then each."""
+        say("@did 0")
         for number, (name, offset, length, at) in enumerate(writes):
             with Disk(self.path(name)) as disk:
                 disk.write(self.data[at : at + length], offset)
@@ -360,6 +367,7 @@ def main() -> None:
     mount("sysfs", "/sys")
     mount("tmpfs", "/run")
     mount("hostfs", SCRATCH, sys.argv[1])
+    os.mkdir("/run/mnt")
     for module in MODULES:
         insert(module)
     tty.setraw(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,24 @@ def place(program: Program, folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.img" for name in program.images}
 
 
+def replayer(
+    dm: cow.Mapper, images: dict[str, Path], steps: Sequence[Step] = (),
+    answers: Sequence[Any] = (), name: str = "",
+) -> Replayer:
+    """Return what runs steps on a mapper, with these images."""
+    paths = {image: str(path) for image, path in images.items()}
+    record = trace.Trace(name, dict.fromkeys(images, (0, 0)), list(steps), list(answers), {})
+    return Replayer(record, dm, paths, "/nosuch")
+
+
 def replay(
     program: Program, steps: list[Step], answers: list[Any], images: dict[str, Path],
     durability: str = "process",
 ) -> None:
     """Run steps on cow and compare each answer with that of the kernel."""
-    record = trace.Trace(f"seed {program.seed}", program.images, steps, answers, {})
-    paths = {name: str(path) for name, path in images.items()}
     with cow.Mapper(durability=durability) as dm:
         try:
-            Replayer(record, dm, paths, "/nosuch").run()
+            replayer(dm, images, steps, answers, f"seed {program.seed}").run()
         except AssertionError as error:
             verb = re.search(r"step \d+ \['(\w+)'", str(error))
             raise Difference(str(error), verb[1] if verb else "") from None
@@ -95,6 +104,10 @@ def compare_images(
 
 class Judge:
     """Holds the kernel that answers; it is booted when it is needed, and again after a hang."""
+
+    place = staticmethod(place)
+    replay = staticmethod(replay)
+    compare_images = staticmethod(compare_images)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from support import SECTOR, fill
-from support.model import Merge, Model, Nonsense, Snapshot
+from support.model import Merge, Model, Nonsense, Origin, Snapshot
 
 Step = list[Any]
 
@@ -61,6 +61,8 @@ class Guide:
         verb, *args = step
         if verb in ("create", "reload"):
             table = args[1].replace("%", "")
+            if verb == "create" and " snapshot " in table:
+                self.check_quiet(table.split()[3])
             return (self.model.create if verb == "create" else self.model.load)(args[0], table)
         if verb in ("suspend", "resume", "remove", "clear"):
             return getattr(self.model, verb)(*args)
@@ -86,6 +88,17 @@ class Guide:
         image.known = known
         if known is not None and offset + len(data) == image.size:
             image.known = None
+
+    def check_quiet(self, origin: str) -> None:
+        """Refuse a new snapshot of an origin that runs.
+
+        The kernel would go on to split requests by the chunks of the snapshots it had at resume.
+        """
+        for device in self.model.devices.values():
+            for target in device.live or []:
+                over = isinstance(target, Origin | Merge) and target.blocks()[0].label == origin
+                if over and not device.suspended:
+                    raise Nonsense("a new snapshot of a running origin")
 
     def states(self) -> list[str]:
         """Return which snapshots are invalid or full, to see that a step ends one."""
@@ -198,8 +211,12 @@ class Author:
     def simple(self, step: Step) -> Step:
         """Return the step, or one for a single sector if it would end a snapshot half-way.
 
-        How many chunks of such a request are copied before the kernel stops is a matter of timing.
+        How many chunks of such a request are copied before the kernel stops is a matter of timing;
+        so is the order in which the chunks of one request reach a snapshot below an origin.
         """
+        if step[:2] == ["w", "o"]:
+            unit = min(s.unit for s in self.guide.snapshots() if s.unit)
+            step = [*step[:3], min(step[3], unit - step[2] % unit), step[4]]
         near = [
             s for s in self.guide.snapshots()
             if s.status().count("/") == 1
@@ -376,10 +393,7 @@ class Author:
     def create(
         self, name: str, image: str, letter: str, chunk: int, length: int | None = None
     ) -> Iterator[Step]:
-        """Create a snapshot while the origin is suspended.
-
-        On a running origin the kernel would go on to split requests by the chunks of the others.
-        """
+        """Create a snapshot while the origin is suspended."""
         running = [n for n in ("base",) if not self.model.devices[n].suspended]
         table = f"0 {length or self.sectors} snapshot %base-real @{image} {letter} {chunk}"
         for each in running:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ KERNEL = "linux.uml"
 MEMORY = 512 << 20
 NEEDED = (KERNEL, "e2fsck", "mke2fs", "mkfs.xfs", "xfs_repair")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-SLOTS = 15
 
 Step = list[Any]
 
@@ -39,7 +39,7 @@ def missing() -> str:
     path = f"{os.environ.get('PATH', '')}:{SBIN}"
     lacking = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if lacking:
-        return f"not installed: {' '.join(lacking)} (tools/setup kernel installs them)"
+        return f"not installed: {' '.join(lacking)} (tools/setup test installs them)"
     if os.uname().machine != "x86_64":
         return f"no User Mode Linux for {os.uname().machine}"
     if scratch_place() is None:
@@ -135,14 +135,21 @@ class Kernel:
         self.lines.put(None)
 
     def hear(self, word: str, seconds: float) -> str:
-        """Return the next line of the agent; it must begin with `word`."""
-        try:
-            line = self.lines.get(timeout=seconds)
-        except queue.Empty:
-            raise self.error(f"no {word} within {seconds} s") from None
-        if line is None or not line.startswith(word):
-            raise self.error(f"{line!r} instead of {word}")
-        return line
+        """Return the next line of the agent that begins with `word`."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0, end - time.monotonic()))
+            except queue.Empty:
+                raise self.error(f"no {word} within {seconds} s") from None
+            if line is None:
+                raise self.error(f"ended before {word}")
+            if line.startswith(word):
+                return line
+
+    def heard(self) -> list[str]:
+        """Return the lines of the agent that nobody waited for, after the plug was pulled."""
+        return [line for line in iter(self.lines.get, None) if line is not None]
 
     def error(self, text: str) -> KernelError:
         return KernelError("\n    ".join([f"the guest: {text}; its console:", *self.console[-40:]]))

@@ -217,9 +217,9 @@ def _run_verb(command: Command, verb: DmVerb, args: list[str]) -> int:
         return FAILED
     selecting = "select" in options and verb.repeatable == 2
     try:
-        if selecting or ("columns" in options and command.verb in ("info", "splitname")):
-            if not look.start_report(command):
-                return OK
+        columns = "columns" in options and command.verb in ("info", "splitname")
+        if (selecting or columns) and not look.start_report(command):
+            return OK
         if selecting:
             args = look.selected(command, args)
             if not args:

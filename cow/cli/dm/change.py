@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cow.cli.dm.command import Command, Table, Which, atoi, error, ioctl_failed, read_file
-from cow.cli.dm.names import Refused, check_new_name, check_new_uuid, unmangle
+from cow.cli.dm.names import MAJOR, Refused, check_new_name, check_new_uuid, unmangle
 from cow.daemon.client import NotServed
 from cow.errors import CowOSError, ResumeError, TableError
 
 RETRIES = 25
 RETRY_SECONDS = 0.2
 
+BACKSLASH = "Backslash must be followed by another character at end of string."
+FIVE = "five comma-separated fields are required for each device"
+
 
 def create(command: Command, args: Sequence[str]) -> None:
+    """Make a device; with a table, load and resume it."""
     options = command.options
     if "concise" in options:
         _create_concise(command, args)
@@ -83,7 +87,7 @@ def _create_concise(command: Command, args: Sequence[str]) -> None:
         check_new_name(name)
         check_new_uuid(uuid)
         table = command.check_table(text)
-        number = (0, atoi(minor)) if minor else None
+        number = (MAJOR, atoi(minor)) if minor else None
         _create_one(command, name, table, uuid, flags == "ro", number)
 
 
@@ -103,9 +107,7 @@ def _concise_devices(text: str) -> Iterator[list[str]]:
         at += 1
         if char == "\\":
             if at == end:
-                raise incomplete(
-                    "Backslash must be followed by another character at end of string."
-                )
+                raise incomplete(BACKSLASH)
             fields[-1] += text[at]
             at += 1
         elif char == ",":
@@ -117,19 +119,18 @@ def _concise_devices(text: str) -> Iterator[list[str]]:
         elif char == ";" or at == end:
             fields[-1] += char if char != ";" else ""
             if len(fields) != 5:
-                raise incomplete("Five comma-separated fields are required for each device")
+                raise incomplete(FIVE.capitalize())
             yield fields
             fields = [""]
             at += len(text[at:]) - len(text[at:].lstrip())
         else:
             fields[-1] += char
     if fields != [""]:
-        raise incomplete(
-            "Incomplete entry: five comma-separated fields are required for each device"
-        )
+        raise incomplete(f"Incomplete entry: {FIVE}")
 
 
 def load(command: Command, args: Sequence[str]) -> None:
+    """Load a table into the inactive slot."""
     options = command.options
     if "notable" in options:
         raise Refused("--notable only available when creating new device.")
@@ -183,6 +184,7 @@ def wipe_table(command: Command, args: Sequence[str]) -> None:
 
 
 def remove(command: Command, args: Sequence[str]) -> None:
+    """Remove a device; --force makes its I/O fail first."""
     if "force" in command.options and args:
         try:
             wipe_table(command, args)
@@ -202,6 +204,7 @@ def remove(command: Command, args: Sequence[str]) -> None:
 
 
 def remove_all(command: Command, args: Sequence[str]) -> None:
+    """Remove every device that is not in use, with --force the others too if they can be."""
     command.client.call("remove_all")
     names = command.client.call("names")
     if "force" not in command.options or not names:
@@ -218,6 +221,7 @@ def remove_all(command: Command, args: Sequence[str]) -> None:
 
 
 def rename(command: Command, args: Sequence[str]) -> None:
+    """Give a device another name, or a uuid."""
     which = command.which(args[0] if len(args) == 2 else None)
     new = args[-1]
     if "setuuid" in command.options:
@@ -229,6 +233,7 @@ def rename(command: Command, args: Sequence[str]) -> None:
 
 
 def message(command: Command, args: Sequence[str]) -> None:
+    """Send a message and print the answer."""
     rest = list(args)
     by_name = "uuid" not in command.options and "major" not in command.options
     which = command.which(rest.pop(0) if by_name else None)
@@ -243,6 +248,7 @@ def message(command: Command, args: Sequence[str]) -> None:
 
 
 def wait(command: Command, args: Sequence[str]) -> None:
+    """Wait for an event."""
     rest = list(args)
     name = None
     if "uuid" not in command.options and "major" not in command.options:

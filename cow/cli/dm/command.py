@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cow.cli import printable
-from cow.cli.dm.names import MAJOR, OpenFailed, Refused, mangle, unmangle
+from cow.cli.dm.names import MAJOR, Refused, mangle, no_node, unmangle
 from cow.daemon.client import Client, NotServed, absolute_paths
 from cow.errors import CowOSError, DeviceNotFound
 
@@ -24,6 +24,8 @@ class Which(NamedTuple):
     name: str | None = None
     uuid: str | None = None
     number: tuple[int, int] | None = None
+    shown: str | None = None
+    """The name as it was typed, which is how the looking verbs print it."""
 
     def args(self) -> dict[str, Any]:
         """Return what a request names it by."""
@@ -93,7 +95,11 @@ class Command:
             if which is None or not ioctl:
                 raise Refused("Device does not exist.") from failure
             raise Refused(*ioctl_failed(ioctl, which.label(), failure)) from failure
-        return found
+        if "inactive" in self.options:
+            for device in found:
+                device["readonly"] = device["inactive_readonly"]
+                device["nr_targets"] = device["inactive_targets"]
+        return sorted(found, key=lambda device: mangle(device["name"]))
 
     def each(self, found: Sequence[Which] | None, show: Callable[[Command, Which], None]) -> None:
         """Show devices; one that fails does not keep the others from being shown."""
@@ -124,8 +130,8 @@ class Command:
         options = self.options
         if name is not None:
             if "/" not in name:
-                return Which(unmangle(name))
-            found = Which(unmangle(name.removeprefix("/dev/mapper/")))
+                return Which(unmangle(name), shown=name)
+            found = Which(unmangle(name.removeprefix("/dev/mapper/")), shown=name)
             if "/" not in (found.name or "/"):
                 try:
                     self.devices(found)
@@ -137,7 +143,7 @@ class Command:
         if "uuid" in options:
             return Which(uuid=unmangle(options["uuid"]))
         if "major" in options:
-            return Which(number=(_atoi(options["major"]), _atoi(options["minor"])))
+            return Which(number=(atoi(options["major"]), atoi(options["minor"])))
         raise Refused("No device specified.")
 
     def all_or(self, name: str | None) -> list[Which] | None:
@@ -149,8 +155,9 @@ class Command:
             print("No devices found")
         return names or None
 
-    def prefix(self, name: str) -> str:
+    def prefix(self, which: Which, device: dict[str, Any]) -> str:
         """Return what stands before a line where there are several devices."""
+        name = which.shown or device["name"]
         return f"{name}: " if self.multiple and not self.verbose else ""
 
     # Tables.
@@ -202,11 +209,13 @@ def ioctl_failed(ioctl: str, label: str, failure: OSError) -> list[str]:
 
 
 def atoi(text: str) -> int:
+    """Return the number that a text begins with, 0 if with none."""
     found = re.match(r"\s*[+-]?[0-9]+", text)
     return int(found[0]) if found else 0
 
 
 def read_file(path: str | None) -> str:
+    """Return what a file, or stdin, holds."""
     if path is None:
         return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     try:
@@ -236,5 +245,5 @@ def print_info(device: dict[str, Any]) -> None:
         "",
     ]
     if not device["live"]:
-        error(str(OpenFailed(device["name"])))
+        error(no_node(device["name"]))
     print(*lines, sep="\n")

@@ -61,12 +61,12 @@ def _table_of(command: Command, which: Which) -> None:
     elif not lines:
         return
     elif "concise" in options and command.verb == "table":
-        command.concise.append(_concise(device, lines, with_comma="names" in options))
+        command.concise.append(_concise(which, device, lines, with_comma="names" in options))
     else:
         if command.verbose:
             print_info(device)
         for line in lines:
-            print(f"{command.prefix(device['name'])}{line}")
+            print(f"{command.prefix(which, device)}{line}")
         if command.verbose and command.multiple:
             print()
 
@@ -79,12 +79,19 @@ def _targets_of(lines: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _concise(device: dict[str, Any], lines: Sequence[str], *, with_comma: bool) -> str:
+def _concise(
+    which: Which, device: dict[str, Any], lines: Sequence[str], *, with_comma: bool
+) -> str:
     def quote(text: str) -> str:
         return re.sub(r"([,;\\])", r"\\\1", text)
 
     flags = "ro" if device["readonly"] else "rw"
-    fields = [quote(device["name"]), quote(device["uuid"]), str(device["minor"]), flags]
+    fields = [
+        quote(which.shown or device["name"]),
+        quote(device["uuid"]),
+        str(device["minor"]),
+        flags,
+    ]
     return ",".join([*fields, *(quote(line) for line in lines if line or with_comma)])
 
 
@@ -154,7 +161,7 @@ def _deps_of(command: Command, which: Which) -> None:
     if command.verbose:
         print_info(device)
     names = "".join(f" ({_dev_name(command, dep, ', ')})" for dep in device["deps"])
-    print(f"{command.prefix(device['name'])}{len(device['deps'])} dependencies\t:{names}")
+    print(f"{command.prefix(which, device)}{len(device['deps'])} dependencies\t:{names}")
     if command.verbose and command.multiple:
         print()
 
@@ -170,6 +177,7 @@ def _dev_name(command: Command, device: dict[str, Any], comma: str) -> str:
 
 
 def ls(command: Command, args: Sequence[str]) -> None:
+    """List devices, or draw who stands on whom."""
     options = command.options
     devices = command.world()
     if "target" in options:
@@ -208,11 +216,13 @@ def _print_tree(command: Command, devices: Sequence[dict[str, Any]]) -> None:
 
 
 def targets(command: Command, args: Sequence[str]) -> None:
+    """Print the types of targets and their versions."""
     for target in command.client.call("targets"):
         _print_target(command, target)
 
 
 def target_version(command: Command, args: Sequence[str]) -> None:
+    """Print the version of one type of target."""
     found = [each for each in command.client.call("targets") if each["name"] == args[0]]
     if not found:
         missing = CowOSError(f"{args[0]}: unknown target type")
@@ -246,9 +256,15 @@ def splitname(command: Command, args: Sequence[str]) -> None:
 
 
 def mangled(command: Command, args: Sequence[str]) -> None:
-    for which in command.all_or(args[0] if args else None) or ():
-        for device in command.devices(which):
-            uuid = mangle(device["uuid"])
-            what = "name and UUID" if uuid else "name"
-            name = mangle(device["name"])
-            print(f"{name}: {uuid or '[no UUID]'}: {what} already in correct form")
+    """Print names as libdm would write them; they are never stored in another form."""
+    command.each(command.all_or(args[0] if args else None), _mangled)
+
+
+def _mangled(command: Command, which: Which) -> None:
+    try:
+        device = command.devices(which)[0]
+    except Refused:
+        raise Refused from None
+    name, uuid = mangle(device["name"]), mangle(device["uuid"])
+    what = "name and UUID" if uuid else "name"
+    print(f"{name}: {uuid or '[no UUID]'}: {what} already in correct form")

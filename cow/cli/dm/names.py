@@ -20,12 +20,9 @@ class Refused(Exception):
         self.lines = lines
 
 
-class OpenFailed(Exception):
-    """A device has no node: it never had a live table."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"/dev/mapper/{mangle(name)}: open failed: No such file or directory")
-        self.name = name
+def no_node(name: str) -> str:
+    """Return what libdm says of a device that never had a live table."""
+    return f"/dev/mapper/{name}: open failed: No such file or directory"
 
 
 def mangle(name: str) -> str:
@@ -35,7 +32,7 @@ def mangle(name: str) -> str:
 
 
 def unmangle(name: str) -> str:
-    """Return the name that a user means: \\xNN are taken back where all the rest is plain."""
+    r"""Return the name that a user means: \xNN are taken back where all the rest is plain."""
     plain = re.sub(r"\\x([0-9a-fA-F]{2})", "", name)
     if plain == name or not all(ord(char) < 128 and ord(char) in PLAIN for char in plain):
         return name

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cow.cli.dm.names import Refused, SubsystemName, disk_name, mangle
+from cow.cli.dm.command import error
+from cow.cli.dm.names import Refused, SubsystemName, disk_name, mangle, no_node
 
 Device = dict[str, Any]
 """A device as the server describes it."""
@@ -45,7 +46,10 @@ def _tables(row: Row) -> str:
 
 
 def _read_ahead(row: Row) -> int:
-    return 256 if row.device["live"] else 0
+    if row.device["live"]:
+        return 256
+    error(no_node(row.device["name"]))
+    return 0
 
 
 def _disk(row: Row) -> str:
@@ -129,7 +133,7 @@ FIELDS = (
           "Number of most recent event."),
     Field("deps", "device_count", "#Devs", 5, True, lambda r: len(_deps(r)),
           "Number of devices used by this one."),
-    Field("deps", "devs_used", "DevNamesUsed", 16, False,
+    Field("tree", "devs_used", "DevNamesUsed", 16, False,
           lambda r: _names([dep for dep in _deps(r) if dep["dm"]]),
           "List of names of mapped devices used by this one."),
     Field("deps", "devnos_used", "DevNosUsed", 16, False, lambda r: _numbers(_deps(r)),
@@ -137,11 +141,11 @@ FIELDS = (
     Field("deps", "blkdevs_used", "BlkDevNamesUsed", 16, False,
           lambda r: ",".join(disk_name(dep) or "" for dep in _deps(r)),
           "List of names of block devices used by this one."),
-    Field("deps", "device_ref_count", "#Refs", 5, True, lambda r: len(_users(r)),
+    Field("tree", "device_ref_count", "#Refs", 5, True, lambda r: len(_users(r)),
           "Number of mapped devices referencing this one."),
-    Field("deps", "names_using_dev", "RefNames", 8, False, lambda r: _names(_users(r)),
+    Field("tree", "names_using_dev", "RefNames", 8, False, lambda r: _names(_users(r)),
           "List of names of mapped devices using this one."),
-    Field("deps", "devnos_using_dev", "RefDevNos", 9, False, lambda r: _numbers(_users(r)),
+    Field("tree", "devnos_using_dev", "RefDevNos", 9, False, lambda r: _numbers(_users(r)),
           "List of device numbers of mapped devices using this one."),
     Field("splitname", "subsystem", "Subsys", 6, False, lambda r: r.parts.subsystem,
           "Userspace subsystem responsible for this device."),
@@ -162,7 +166,8 @@ def help_lines(groups: Sequence[str] = tuple(GROUPS)) -> list[str]:
     """Return the list of fields that `-o help` shows."""
     lines = []
     for group in groups:
-        fields = [(each.name, each.description) for each in FIELDS if each.group == group]
+        own = ("deps", "tree") if group == "deps" else (group,)
+        fields = [(each.name, each.description) for each in FIELDS if each.group in own]
         lines += [GROUPS[group], "-" * len(GROUPS[group])]
         rows = [(f"{group}_all", "All fields in this section."), *fields]
         lines += [f"  {name:<21} - {text}" for name, text in rows] + [" "]
@@ -173,11 +178,11 @@ def help_lines(groups: Sequence[str] = tuple(GROUPS)) -> list[str]:
 
 def find_fields(text: str, default: str, groups: Sequence[str] = tuple(GROUPS)) -> list[Field]:
     """Return the fields of an -o list: names, GROUP_all, all; + in front adds to the default."""
-    names = (f"{default},{text[1:]}" if text.startswith("+") else text).split(",")
-    found: list[Field] = []
-    for name in filter(None, names):
+    names = [name for name in text.removeprefix("+").split(",") if name] or [""]
+    found = find_fields(default, "", groups) if text.startswith("+") else []
+    for name in names:
         wanted = name.lower().replace("_", "")
-        known = [each for each in FIELDS if each.group in groups]
+        known = [each for each in FIELDS if each.group in groups or "deps" in groups]
         fields = [each for each in known if each.name.replace("_", "") == wanted]
         if wanted.endswith("all") and not fields:
             fields = [each for each in known if wanted in ("all", f"{each.group}all")]
@@ -253,17 +258,22 @@ class Report:
 
     def _aligned(self, cells: list[list[str]]) -> list[str]:
         widths = [
-            max(field.width, *(len(row[index]) for row in cells))
+            max(field.width, *(_bytes(row[index]) for row in cells))
             for index, field in enumerate(self.fields)
         ]
         lines = []
         for number, row in enumerate(cells):
-            padded = [
-                cell.rjust(width) if field.numeric and number else cell.ljust(width)
-                for field, cell, width in zip(self.fields, row, widths, strict=True)
-            ]
+            padded = []
+            for field, cell, width in zip(self.fields, row, widths, strict=True):
+                blanks = " " * (width - _bytes(cell))
+                padded.append(blanks + cell if field.numeric and number else cell + blanks)
             lines.append(" ".join(padded))
         return lines
+
+
+def _bytes(cell: str) -> int:
+    """Return how wide printf takes a cell to be."""
+    return len(cell.encode("utf-8", "surrogateescape"))
 
 
 # ---- selection
@@ -289,7 +299,7 @@ class Selection:
         self._rest = text
         self.matches = self._any()
         if self._rest.strip():
-            raise Refused(f"Syntax error: unexpected '{self._rest.strip()}'", *self._hint(text))
+            raise Refused("Expecting logical operator", *self._hint(self._rest.strip()))
 
     def _take(self, *tokens: str) -> bool:
         rest = self._rest.lstrip()

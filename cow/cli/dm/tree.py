@@ -41,10 +41,7 @@ def parse_options(text: str) -> set[str]:
     for index, word in enumerate(words):
         found = next((option for option in OPTIONS if option.startswith(word)), None)
         if found is None:
-            raise Refused(
-                f"Tree options not recognised: {','.join(words[index:])}.",
-                "Couldn't process command line.",
-            )
+            raise Refused(f"Tree options not recognised: {','.join(words[index:])}.")
         if found in SYMBOLS:
             chosen -= SYMBOLS.keys()
         if found == "nodevice":
