@@ -377,13 +377,15 @@ class Mapper:
         return device
 
     def _find_device(self, name: str) -> Device | None:
-        numbers = re.fullmatch(r"([0-9]+):([0-9]+)", name)
-        if numbers and int(numbers[1]) == MAJOR:
+        if name in self._devices:
+            return self._devices[name]
+        numbers = re.fullmatch(r"([0-9]+):([0-9]{1,20})", name)
+        if numbers and numbers[1] == str(MAJOR):
             minor = int(numbers[2])
             return next((d for d in self._devices.values() if d.minor == minor), None)
         if name.startswith(DIRECTORY):
             return self._devices.get(name[len(DIRECTORY) :])
-        return self._devices.get(name)
+        return None
 
     def _load(self, device: Device, text: str, readonly: bool) -> None:
         context = _Context(self, device, readonly)

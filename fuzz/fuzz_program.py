@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import scratch
+from support import SECTOR, fill
 from support.model import Model, Nonsense
 from test_model import Author, Difference, World, outcome, same
 
 MAX_LEN = 8 * 41
 STEP = 8
+PATTERN = fill(1010 * 56 + 401 * SECTOR, 3)
 
 
 class Source:
@@ -76,6 +79,16 @@ class Decoder(Author):
     def rng(self, value: Any) -> None:
         pass
 
+    def change(self, verb: str, name: str, *args: Any) -> None:
+        # What is written does not matter to the choices.
+        device = self.model.device(name)
+        if verb == "write":
+            device.pwrite(bytes(args[1]), args[0])
+        elif verb == "write_many":
+            device.write_many(args[0], [bytes(args[1])] * len(args[0]))
+        else:
+            super().change(verb, name, *args)
+
     def decode(self) -> list[Any]:
         """Return the program; its steps are added as they are read."""
         self.stack()
@@ -85,10 +98,34 @@ class Decoder(Author):
         return self.program
 
 
+class Pair(World):
+    """Engine and model; what is written is cut from one long pattern, which is quick to have."""
+
+    def model_write(self, name: str, offset: int, length: int, seed: int) -> int:
+        return self.model.device(name).pwrite(content(length, seed), offset)
+
+    def engine_write(self, name: str, offset: int, length: int, seed: int) -> int:
+        return self.dm.device(name).pwrite(content(length, seed), offset)
+
+    def model_write_many(self, name: str, offsets: list[int], size: int, seed: int) -> None:
+        data = [content(size, seed + index) for index in range(len(offsets))]
+        self.model.device(name).write_many(offsets, data)
+
+    def engine_write_many(self, name: str, offsets: list[int], size: int, seed: int) -> None:
+        rows = b"".join(content(size, seed + index) for index in range(len(offsets)))
+        data = np.frombuffer(rows, np.uint8).reshape(len(offsets), size)
+        self.dm.device(name).write_many(np.array(offsets, np.uint64), data)
+
+
+def content(length: int, seed: int) -> bytes:
+    start = seed * 56
+    return PATTERN[start : start + length]
+
+
 def run(data: bytes) -> None:
     author = Decoder(data)
     program = author.decode()
-    world = World(scratch.folder(), author.images, "process")
+    world = Pair(scratch.folder(), author.images, "process")
     try:
         for number, op in enumerate(program):
             try:

@@ -300,15 +300,34 @@ def test_a_batch_fills_an_array_that_is_not_in_one_piece(rig):
 
 
 def test_large_batches_go_past_the_cache_and_are_right(dm, tmp_path):
-    path = image(tmp_path / "b.img", stamp(0, 16384, 1))
-    device = dm.create("x", f"0 16384 linear {path} 0")
-    offsets = np.arange(0, 16384, 128, dtype=np.uint64)[::-1] * SECTOR
+    path = image(tmp_path / "b.img", stamp(0, 32768, 1))
+    device = dm.create("x", f"0 32768 linear {path} 0")
+    offsets = np.arange(0, 32768, 128, dtype=np.uint64)[::-1] * SECTOR
     rows = device.read_many(offsets, 64 * SECTOR)
     assert rows.tobytes() == b"".join(stamp(int(o) // SECTOR, 64, 1) for o in offsets)
     device.write_many(offsets + np.uint64(64 * SECTOR), rows)
     for offset in offsets[:3].tolist():
         data = device.pread(128 * SECTOR, offset)
         assert data[: 64 * SECTOR] == data[64 * SECTOR :]
+
+
+def test_a_view_is_had_through_devices_and_lines_that_keep_an_image_in_one_piece(dm, tmp_path):
+    path = image(tmp_path / "b.img", stamp(0, 64, 1))
+    dm.create("low", f"0 16 linear {path} 8\n16 16 linear {path} 24\n32 8 linear {path} 0")
+    device = dm.create("x", "0 40 linear low 0")
+    assert bytes(device.view(8 * SECTOR, 16 * SECTOR)) == stamp(16, 16, 1)
+    refusal(errno.EOPNOTSUPP, device.view, 24 * SECTOR, 16 * SECTOR)
+
+
+def test_neighbours_that_are_alike_are_one_extent(rig):
+    snap = rig.snap("snap", "P 8")
+    for sector in (40, 56, 48):
+        rig.write("base", sector)
+    assert [(int(e["offset"]) // SECTOR, int(e["length"]) // SECTOR) for e in snap.extents()] == [
+        (0, 40),
+        (40, 24),
+        (64, 448),
+    ]
 
 
 @pytest.mark.parametrize("batch", [False, True])

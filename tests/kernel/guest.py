@@ -188,6 +188,7 @@ class Machine:
 
     def words(self, table: str) -> str:
         """Put MAJOR:MINOR where a table has @IMAGE or %NAME."""
+
         def image(match: re.Match[str]) -> str:
             return f"{UBD_MAJOR}:{16 * self.slots[match[1]]}"
 
@@ -201,6 +202,7 @@ class Machine:
 
     def numbered(self, line: str) -> str:
         """Put the numbers of the recorded traces in a line: 253 for images, 254 for devices."""
+
         def number(match: re.Match[str]) -> str:
             return f"{253 if int(match[1]) == UBD_MAJOR else 254}:{match[2]}"
 

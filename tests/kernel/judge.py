@@ -63,8 +63,11 @@ def place(program: Program, folder: Path) -> dict[str, Path]:
 
 
 def replayer(
-    dm: cow.Mapper, images: dict[str, Path], steps: Sequence[Step] = (),
-    answers: Sequence[Any] = (), name: str = "",
+    dm: cow.Mapper,
+    images: dict[str, Path],
+    steps: Sequence[Step] = (),
+    answers: Sequence[Any] = (),
+    name: str = "",
 ) -> Replayer:
     """Return what runs steps on a mapper, with these images."""
     paths = {image: str(path) for image, path in images.items()}
@@ -73,7 +76,10 @@ def replayer(
 
 
 def replay(
-    program: Program, steps: list[Step], answers: list[Any], images: dict[str, Path],
+    program: Program,
+    steps: list[Step],
+    answers: list[Any],
+    images: dict[str, Path],
     durability: str = "process",
 ) -> None:
     """Run steps on cow and compare each answer with that of the kernel."""
@@ -85,16 +91,12 @@ def replay(
             raise Difference(str(error), verb[1] if verb else "") from None
 
 
-def compare_images(
-    program: Program, kernels: dict[str, Path], ours: dict[str, Path]
-) -> None:
+def compare_images(program: Program, kernels: dict[str, Path], ours: dict[str, Path]) -> None:
     """Compare all bytes that are determined: of a store that ended invalid, its header."""
     for name, known in program.known.items():
         theirs, mine = kernels[name].read_bytes()[:known], ours[name].read_bytes()[:known]
         if theirs != mine:
-            wrong = np.flatnonzero(
-                np.frombuffer(theirs, np.uint8) != np.frombuffer(mine, np.uint8)
-            )
+            wrong = np.flatnonzero(np.frombuffer(theirs, np.uint8) != np.frombuffer(mine, np.uint8))
             raise Difference(
                 f"seed {program.seed}: image {name} differs in {len(wrong)} bytes, from "
                 f"{wrong[0]} (sector {wrong[0] // SECTOR}) to {wrong[-1]}",

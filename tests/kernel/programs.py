@@ -218,9 +218,9 @@ class Author:
             unit = min(s.unit for s in self.guide.snapshots() if s.unit)
             step = [*step[:3], min(step[3], unit - step[2] % unit), step[4]]
         near = [
-            s for s in self.guide.snapshots()
-            if s.status().count("/") == 1
-            and self.free(s) * s.unit <= step[3] + 4 * s.unit
+            s
+            for s in self.guide.snapshots()
+            if s.status().count("/") == 1 and self.free(s) * s.unit <= step[3] + 4 * s.unit
         ]
         if not near:
             return step
@@ -252,8 +252,8 @@ class Author:
             "one": f"0 {total} linear @b 0",
             "swapped": f"0 {half} linear @b {total - half}\n{half} {total - half} linear @b 0",
             "striped": f"0 {half} striped 2 4 @b 8 @d 3\n{half} {total - half} linear @d {half}",
-            "zero": f"0 {half} linear @d 11\n{half} 8 zero\n"
-                    f"{half + 8} {total - half - 8} linear @b {half}",
+            "zero": f"0 {half} linear @d 11\n{half} 8 zero\n{half + 8} {total - half - 8} "
+            f"linear @b {half}",
         }
         self.add(["create", "base-real", tables[self.pieces]])
         self.add(["create", "base", f"0 {total} snapshot-origin %base-real"])
@@ -285,10 +285,13 @@ class Author:
 
     def snapshot_names(self) -> list[str]:
         """Return the devices that are a snapshot, but not of another snapshot."""
-        return sorted({
-            s.device.label for s in self.guide.snapshots()
-            if not isinstance(s, Merge) and s.origin.label == "base-real"
-        })
+        return sorted(
+            {
+                s.device.label
+                for s in self.guide.snapshots()
+                if not isinstance(s, Merge) and s.origin.label == "base-real"
+            }
+        )
 
     def open_names(self) -> list[str]:
         """Return the devices that can be read and written now."""
@@ -488,8 +491,10 @@ class Author:
         persistent = [
             target
             for target in self.guide.snapshots()
-            if target.origin.label == "base-real" and target.store.letter != "N"
-            and target.kind == "snapshot" and target.store.chunk
+            if target.origin.label == "base-real"
+            and target.store.letter != "N"
+            and target.kind == "snapshot"
+            and target.store.chunk
         ]
         if not persistent:
             return
@@ -539,17 +544,18 @@ class Author:
 
     def nonsense(self) -> Iterator[Step]:
         """Yield something that is refused, and must change nothing."""
-        yield self.rng.choice((
-            ["remove", "base-real"],
-            ["remove", "nosuch"],
-            ["create", "gap", "0 8 zero\n9 8 zero"],
-            ["create", "bad", "0 8 snapshot %base-real @c0 P 7"],
-            ["create", "bad", "0 8 snapshot %base-real @c0 X 8"],
-            ["create", "bad", "0 8 snapshot %base-real %base-real P 8"],
-            ["create", "bad", f"0 {self.sectors + 1} snapshot-origin %base-real"],
-            ["create", "bad", f"0 8 linear @b {self.sectors}"],
-            ["create", "bad", "0 9 striped 2 4 @b 0 @d 0"],
-            ["reload", "base", "0 8 nosuch"],
-            ["resume", "nosuch"],
-        ))
-
+        yield self.rng.choice(
+            (
+                ["remove", "base-real"],
+                ["remove", "nosuch"],
+                ["create", "gap", "0 8 zero\n9 8 zero"],
+                ["create", "bad", "0 8 snapshot %base-real @c0 P 7"],
+                ["create", "bad", "0 8 snapshot %base-real @c0 X 8"],
+                ["create", "bad", "0 8 snapshot %base-real %base-real P 8"],
+                ["create", "bad", f"0 {self.sectors + 1} snapshot-origin %base-real"],
+                ["create", "bad", f"0 8 linear @b {self.sectors}"],
+                ["create", "bad", "0 9 striped 2 4 @b 0 @d 0"],
+                ["reload", "base", "0 8 nosuch"],
+                ["resume", "nosuch"],
+            )
+        )

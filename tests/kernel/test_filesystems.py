@@ -119,7 +119,10 @@ class Disks:
         check = ["run", *CHECK[self.kind], disk]
         listing = f"cd {MOUNT} && find . -type f -exec sha256sum {{}} +"
         return [
-            self.mounted(disk), ["run", "sh", "-c", listing], ["run", "umount", MOUNT], check,
+            self.mounted(disk),
+            ["run", "sh", "-c", listing],
+            ["run", "umount", MOUNT],
+            check,
         ]
 
 
@@ -201,9 +204,7 @@ def test_the_kernel_mounts_what_was_worked_on_through_cow(judge, seed, kind):
     disks, sectors = Disks(judge, kind), SIZES[kind] // 512
     first = random_tree(rng, "first", 120)
     origin = disks.make(first)
-    edits = [
-        (random_tree(rng, name, 60), rng.sample(sorted(first), 50)) for name in ("base", "s1")
-    ]
+    edits = [(random_tree(rng, name, 60), rng.sample(sorted(first), 50)) for name in ("base", "s1")]
     after = [disks.copy(origin, f"after{number}") for number in range(2)]
     for image, edit in zip(after, edits, strict=True):
         disks.guest({"b": image}, disks.edit("@b", *edit))
@@ -215,11 +216,19 @@ def test_the_kernel_mounts_what_was_worked_on_through_cow(judge, seed, kind):
         assert apply_changes(ours.device("base"), origin, after[0], rng)
         assert apply_changes(ours.device("s1"), origin, after[1], rng)
 
-    seen = disks.guest(images, [
-        *stack(sectors), *snapshots(sectors),
-        *disks.look("%base"), *disks.look("%s0"), *disks.look("%s1"),
-        *merge(sectors), *disks.look("%base"), *disks.look("%s0"),
-    ])
+    seen = disks.guest(
+        images,
+        [
+            *stack(sectors),
+            *snapshots(sectors),
+            *disks.look("%base"),
+            *disks.look("%s0"),
+            *disks.look("%s1"),
+            *merge(sectors),
+            *disks.look("%base"),
+            *disks.look("%s0"),
+        ],
+    )
     trees = [edited(first, *edit) for edit in edits]
     expected = [trees[0], first, trees[1], trees[1], first]
     assert [sorted(lines) for lines in seen] == [sums(tree) for tree in expected]
@@ -233,15 +242,20 @@ def test_cow_reads_and_merges_what_the_kernel_worked_on(judge, seed, kind):
     images = {"b": disks.make(first), "c0": disks.empty("c0"), "c1": disks.empty("c1")}
     early = (random_tree(rng, "early", 40), rng.sample(sorted(first), 20))
     frozen = edited(first, *early)
-    late = [
-        (random_tree(rng, name, 60), rng.sample(sorted(frozen), 50)) for name in ("base", "s1")
-    ]
+    late = [(random_tree(rng, name, 60), rng.sample(sorted(frozen), 50)) for name in ("base", "s1")]
     # The snapshots are taken while the file system is mounted; suspending it makes them whole.
-    disks.guest(images, [
-        *stack(sectors), disks.mounted("%base"), *disks.changes(*early),
-        *snapshots(sectors), *disks.changes(*late[0]), ["run", "umount", MOUNT],
-        *disks.edit("%s1", *late[1]),
-    ])
+    disks.guest(
+        images,
+        [
+            *stack(sectors),
+            disks.mounted("%base"),
+            *disks.changes(*early),
+            *snapshots(sectors),
+            *disks.changes(*late[0]),
+            ["run", "umount", MOUNT],
+            *disks.edit("%s1", *late[1]),
+        ],
+    )
 
     trees = {"base": edited(frozen, *late[0]), "s0": frozen, "s1": edited(frozen, *late[1])}
     with cow.Mapper() as dm:

@@ -201,20 +201,33 @@ def kernel_writes(writes: list[Write]) -> list[list[Any]]:
 
 @contextmanager
 def victim(
-    folder: Path, images: dict[str, Path], writes: list[Write], durability: str,
+    folder: Path,
+    images: dict[str, Path],
+    writes: list[Write],
+    durability: str,
     then: tuple[list[Any], float] = ([], 60),
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that works through cow; it is killed at the end of the block, or kills itself."""
     job = folder / "victim.json"
     paths = {name: str(path) for name, path in images.items()}
-    job.write_text(json.dumps({
-        "paths": paths, "durability": durability, "steps": STACK, "writes": writes,
-        "then": then[0], "seconds": then[1],
-    }))
+    job.write_text(
+        json.dumps(
+            {
+                "paths": paths,
+                "durability": durability,
+                "steps": STACK,
+                "writes": writes,
+                "then": then[0],
+                "seconds": then[1],
+            }
+        )
+    )
     places = [str(Path(__file__).parent.parent), *sys.path]
     with subprocess.Popen(
         [sys.executable, "-m", "kernel.victim", str(job)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
     ) as process:
         try:

@@ -97,10 +97,23 @@ class Kernel:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LD_")}
         self.process = subprocess.Popen(
             [
-                KERNEL, "rootfstype=hostfs", "rootflags=/", "ro", f"mem={MEMORY >> 20}M", "quiet",
-                "umid=k", f"uml_dir={self.home}/", "con=null", "con0=fd:0,fd:1", "ssl=null",
-                f"init={os.path.realpath(sys.executable)}", "--", "-I", "-S",
-                str(HERE / "guest.py"), str(folder),
+                KERNEL,
+                "rootfstype=hostfs",
+                "rootflags=/",
+                "ro",
+                f"mem={MEMORY >> 20}M",
+                "quiet",
+                "umid=k",
+                f"uml_dir={self.home}/",
+                "con=null",
+                "con0=fd:0,fd:1",
+                "ssl=null",
+                f"init={os.path.realpath(sys.executable)}",
+                "--",
+                "-I",
+                "-S",
+                str(HERE / "guest.py"),
+                str(folder),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -227,7 +240,11 @@ class Kernel:
         return answers
 
     def run(
-        self, images: dict[str, Path] | None, steps: Sequence[Step], *, clean: bool = True,
+        self,
+        images: dict[str, Path] | None,
+        steps: Sequence[Step],
+        *,
+        clean: bool = True,
         seconds: float = 60,
     ) -> list[Any]:
         """Run steps on images and return the answers."""

@@ -73,14 +73,10 @@ def _create_one(
 
 
 def _create_concise(command: Command, args: Sequence[str]) -> None:
-    if command.options.keys() & {"table", "minor", "uuid", "notable", "inactive"}:
-        raise Refused(
-            "--concise is incompatible with --[no]table, --minor, --uuid and --inactive."
-            if len(args) < 2
-            else "dmsetup create --concise takes at most one argument"
-        )
     if len(args) > 1:
         raise Refused("dmsetup create --concise takes at most one argument")
+    if command.options.keys() & {"table", "minor", "uuid", "notable", "inactive"}:
+        raise Refused("--concise is incompatible with --[no]table, --minor, --uuid and --inactive.")
     for name, uuid, minor, flags, text in _concise_devices(args[0] if args else read_file(None)):
         if flags not in ("", "ro", "rw"):
             raise Refused(f"Invalid flags parameter '{flags}' must be 'ro' or 'rw' or empty.")
