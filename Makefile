@@ -5,6 +5,8 @@ ASAN := LD_PRELOAD=$$(gcc -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc
 TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 
+# Those with threads in them; the sanitizer is slow, and the others have one thread.
+THREADED := $(addprefix tests/test_,$(addsuffix .py,threads vectors lifecycle device_io model))
 FUZZ := table concise store program
 FUZZ_SECONDS ?= 60
 
@@ -55,9 +57,10 @@ asan: ## Test a build with the address and undefined-behaviour sanitizers
 	@COW_BUILD=$@ tools/setup
 	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(ASAN) $(BIN)/pytest $(ARGS)
 
-tsan: ## Test a build with the thread sanitizer
+tsan: ## Test a build with the thread sanitizer (tests with threads, where ARGS names no others)
 	@COW_BUILD=$@ tools/setup
-	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(TSAN) $(BIN)/pytest --capture=sys $(ARGS)
+	@COW_BUILD=$@ PYTHONPATH='$(CURDIR)/build/$@/lib' $(TSAN) \
+		$(BIN)/pytest --capture=sys $(or $(ARGS),$(THREADED))
 
 fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; build/corpus has what is found
 	@COW_BUILD=$@ tools/setup fuzz

@@ -199,7 +199,7 @@ class Mapper:
 
     @_locked
     def rename(self, name: str, new_name: str) -> None:
-        """Give a device another name. Its event counter goes up by one."""
+        """Give a device another name. With a live table its event counter goes up by one."""
         device = self._device(name)
         _check_name(new_name)
         if new_name in self._devices:
@@ -207,11 +207,12 @@ class Mapper:
         del self._devices[device.name]
         device.name = new_name
         self._devices[new_name] = device
-        device.raise_event()
+        if device.live is not None:
+            device.raise_event()
 
     @_locked
     def set_uuid(self, name: str, uuid: str) -> None:
-        """Give a device without uuid one. Its event counter goes up by one."""
+        """Give a device without uuid one. With a live table its event counter goes up by one."""
         device = self._device(name)
         _check_uuid(uuid)
         if device.uuid:
@@ -219,7 +220,8 @@ class Mapper:
         if any(other.uuid == uuid for other in self._devices.values()):
             raise DeviceBusy(f"{name}: a device with uuid {uuid} exists")
         device.uuid = uuid
-        device.raise_event()
+        if device.live is not None:
+            device.raise_event()
 
     @_locked
     def message(self, name: str, sector: int, text: str) -> str:

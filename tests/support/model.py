@@ -1049,7 +1049,7 @@ class Model:
         del self.devices[name]
         self.devices[new_name] = device
         device.label = new_name
-        device.event_nr += 1
+        device.event_nr += device.live is not None
 
     def close(self) -> None:
         """Forget every device; what is in the images stays."""
@@ -1072,7 +1072,7 @@ class Model:
         if any(other.uuid == uuid for other in self.devices.values()):
             raise failure(errno.EBUSY)
         device.uuid = uuid
-        device.event_nr += 1
+        device.event_nr += device.live is not None
 
     def info(self, name: str) -> Info:
         device = self.device(name)
