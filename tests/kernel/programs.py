@@ -315,6 +315,7 @@ class Author:
         choices: dict[Callable[[], Iterator[Step]], int] = {
             self.io: 50,
             self.discard: 6,
+            self.fill_up: 4,
             self.new_snapshot: 10,
             self.drop_snapshot: 3,
             self.reopen_snapshot: 5,
@@ -383,6 +384,21 @@ class Author:
         if length and self.can_discard(target):
             yield ["d", target.device.label, start * SECTOR, length * SECTOR]
 
+    def fill_up(self) -> Iterator[Step]:
+        """Write to new chunks of a snapshot until its store is full, if it is small."""
+        rng, target = self.rng, self.one()
+        if target is None or target.device.label not in self.open_names():
+            return
+        room = self.free(target) if "/" in target.status() else 0
+        chunks = target.length // target.store.chunk
+        if not room or room > 24:
+            return
+        for number in rng.sample(range(chunks), min(chunks, room + 3)):
+            length = rng.choice((SECTOR, target.unit))
+            yield ["w", target.device.label, number * target.unit, length, rng.randrange(1, 1000)]
+        yield ["status"]
+        yield ["r", target.device.label, 0, target.device.size]
+
     def can_discard(self, target: Snapshot) -> bool:
         """Tell whether all kernels agree: Linux 6.1 cannot discard a zero target, later ones can.
 
@@ -415,6 +431,9 @@ class Author:
         chunk = rng.choice(self.chunks)
         if letter != "N" and self.largest >= 32 and rng.random() < 0.1:
             chunk = 0
+        magic = bytes(self.model.images[f"@{image}"].data[:4])
+        if letter != "N" and magic not in (bytes(4), b"SnAp") and rng.random() < 0.8:
+            yield from self.wipe(image)
         length = None
         if chunk and rng.random() < 0.25:
             length = max(1, rng.randint(1, self.sectors // chunk)) * chunk
@@ -520,17 +539,17 @@ class Author:
             yield ["reload", "base", f"0 {self.sectors} snapshot-origin %base-real"]
             yield ["resume", "base"]
 
-    def wipe(self) -> Iterator[Step]:
+    def wipe(self, image: str = "") -> Iterator[Step]:
         """Let the next store on an image start afresh: zero its first sector.
 
         An image whose contents are not determined is written anew as a whole.
         """
         if cows := self.free_cows():
-            name = f"@{self.rng.choice(cows)}"
-            image = self.model.images[name]
-            if image.known is not None:
-                for start in range(0, image.size, LARGEST_REQUEST):
-                    yield ["w", name, start, min(LARGEST_REQUEST, image.size - start), 5]
+            name = f"@{image or self.rng.choice(cows)}"
+            size, known = self.model.images[name].size, self.model.images[name].known
+            if known is not None:
+                for start in range(0, size, LARGEST_REQUEST):
+                    yield ["w", name, start, min(LARGEST_REQUEST, size - start), 5]
             yield ["w", name, 0, SECTOR, 0]
 
     def pause(self) -> Iterator[Step]:
