@@ -103,6 +103,8 @@ LIMITS = [
     ("0 2049 snapshot-origin {b}", EINVAL, "too small for target: start=0, len=2049"),
     ("0 2049 snapshot {b} {c} P 8", EINVAL, "too small for target: start=0, len=2049"),
     ("0 128 striped 2 8 {b} 0 {b} 2000", EINVAL, "too small for target: start=2000, len=64"),
+    ("0 128 striped 2 8 {b} 0 {b} 99999999999999999", EINVAL, "too small for target"),
+    ("0 8 linear {b} 99999999999999999", EINVAL, "too small for target"),
     ("0 9 linear {big} 0", EINVAL, "len=9 not aligned to h/w logical block size 4096 of"),
     ("0 8 linear {big} 1", EINVAL, "start=1 not aligned to h/w logical block size 4096 of"),
     ("0 9 linear {b} 0\n9 8 linear {big} 0", EINVAL, UNALIGNED_LINE),

@@ -464,6 +464,16 @@ def test_the_source_of_a_handover_is_invalid_and_empty(waiting):
     assert waiting.header() == header_bytes(8)
 
 
+def test_the_source_of_a_handover_has_the_letter_of_the_destination(rig):
+    rig.snap(words="PO 8")
+    rig.dm.create("next")
+    rig.dm.load("next", rig.line("snap", "P 8"))
+    rig.dm.suspend("snap")
+    rig.dm.resume("next")
+    assert rig.dm.table("snap").endswith(" P 0")
+    assert rig.dm.table("next").endswith(" P 8")
+
+
 def test_the_destination_of_a_handover_keeps_what_the_origin_loses(waiting):
     waiting.dm.suspend("snap")
     waiting.dm.resume("next")

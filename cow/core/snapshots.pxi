@@ -218,12 +218,12 @@ cdef class Snapshot(TargetMap):
     def hand_over(self, Snapshot source not None):
         """Take over the store of `source`, which is left with this one's, invalid.
 
-        The letter P or PO is that of the new table. The gate is held exclusively.
+        Both stores have the letter P or PO of the new table then, as in the kernel. The gate is
+        held exclusively.
         """
         cdef ExceptionStore mine = self.store, theirs = source.store
         cdef uint64_t needed
-        theirs.st.overflow_supported, mine.st.overflow_supported = (
-            mine.st.overflow_supported, theirs.st.overflow_supported)
+        theirs.st.overflow_supported = mine.st.overflow_supported
         if theirs.st.chunk_shift:
             needed = (max(self.s.end, self.s.origin.size) + chunk_bytes(&theirs.st) - 1
                       ) >> theirs.st.chunk_shift

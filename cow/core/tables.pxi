@@ -56,6 +56,7 @@ cdef class Striped(TargetMap):
 
     def __init__(self, start, length, uint64_t chunk_size, legs):
         cdef BlockDevice dev
+        cdef uint64_t dev_start
         cdef int i
         self.devices = tuple([leg[0] for leg in legs])
         self.t.map = striped_map

@@ -582,7 +582,7 @@ class Snapshot(Target):
         if source is not None and destination is self:
             source.exceptions, self.exceptions = {}, source.exceptions
             source.store, self.store = self.store, source.store
-            self.store.overflow, source.store.overflow = source.store.overflow, self.store.overflow
+            self.store.overflow = source.store.overflow
             self.valid, source.valid = source.valid, False
             self.overflowed = source.overflowed
         self.active = True
