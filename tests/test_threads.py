@@ -309,6 +309,54 @@ def test_a_store_that_fills_up_under_writers_fails_no_origin_write(rig):
     assert rig.dm.events("snap") == 1
 
 
+def test_a_store_that_grows_under_writers_and_readers_keeps_its_moment(rig):
+    path = rig.folder / "growing.cow"
+    path.write_bytes(bytes(SECTOR))
+    rig.dm.image(str(path), size=4 * SECTORS * SECTOR)
+    rig.dm.suspend("base")
+    rig.dm.create("snap", f"0 {SECTORS} snapshot base-real {path} P 8")
+    rig.dm.resume("base")
+    with Crew() as crew:
+        writers = Writers(crew, rig.dm.device("base"))
+        for _ in range(2):
+            crew.start(read_on, crew, rig.dm.device("snap"))
+        writers.wait_for_more(1000)
+    assert rig.read("snap") == rig.before
+    assert path.stat().st_size > SECTORS * SECTOR // 2
+
+
+def test_discards_beside_writers_and_readers_zero_nothing_else(dm, tmp_path):
+    """Of every four pieces three are written, and of the fourth every other is discarded."""
+    whole = 4 * 8
+    path = image(tmp_path / "a.img", stamp(0, SECTORS, 0))
+    device = dm.create("a", f"0 {SECTORS} linear {path} 0")
+
+    def write(crew: Crew, part: int) -> None:
+        for tag in itertools.count(1):
+            for first in range(8 * part, SECTORS, whole):
+                device.pwrite(stamp(first, 8, tag), first * SECTOR)
+            if crew.stop.is_set() and tag > 20:
+                return
+
+    def read(crew: Crew) -> None:
+        while not crew.stop.is_set():
+            for first in range(24, SECTORS, 2 * whole):
+                check_numbers(device.pread(8 * SECTOR, first * SECTOR), first)
+
+    with Crew() as crew:
+        for part in range(3):
+            crew.start(write, crew, part)
+        crew.start(read, crew)
+        for first in range(24 + whole, SECTORS, 2 * whole):
+            device.discard(first * SECTOR, 8 * SECTOR)
+    for first in range(0, SECTORS, 8):
+        data = device.pread(8 * SECTOR, first * SECTOR)
+        if first % (2 * whole) == 24 + whole:
+            assert data == bytes(8 * SECTOR)
+        else:
+            check_numbers(data, first)
+
+
 def test_devices_come_and_go_while_others_work(rig):
     def come_and_go(crew: Crew, number: int) -> None:
         path = image(rig.folder / f"extra{number}.img", stamp(0, 64, number))

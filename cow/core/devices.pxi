@@ -565,7 +565,7 @@ cdef class FileDevice(BlockDevice):
     @property
     def sparse(self):
         """Whether the file has holes or grows on demand."""
-        return self.d.sparse
+        return bool(port_load32(&self.d.sparse))
 
     @property
     def readonly(self):

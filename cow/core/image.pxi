@@ -64,7 +64,7 @@ cdef int emit_discard(bio *b, device *image, uint64_t offset, uint64_t length) n
         return -EPERM
     if fallocate(image.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                  <int64_t>offset, <int64_t>length) == 0:
-        image.sparse = True
+        port_store32(&image.sparse, 1)
         return 0
     if errno != EOPNOTSUPP:
         return -errno
@@ -89,21 +89,21 @@ cdef int emit_reserve(bio *b, device *image, uint64_t offset, uint64_t length) n
     """
     cdef uint64_t first = offset & ~<uint64_t>(PAGE - 1)
     b.done += length
-    if image == NULL or image.sparse:
+    if image == NULL or port_load32(&image.sparse):
         return 0
     madvise(image.base + first, offset + length - first, MADV_POPULATE_WRITE)
     return 0                        # what is wrong shows when it is written
 
 
 cdef int image_map(device *image, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
-    cdef uint64_t backed
+    cdef uint64_t file_size = port_load64(&image.file_size), backed
     cdef int rc
-    if offset + length <= image.file_size:
+    if offset + length <= file_size:
         return b.emit(b, image, offset, length)
     if b.op in (WRITE, RESERVE):
         rc = image_grow(image, offset + length)
         return rc if rc else b.emit(b, image, offset, length)
-    backed = image.file_size - offset if offset < image.file_size else 0
+    backed = file_size - offset if offset < file_size else 0
     if backed:
         rc = b.emit(b, image, offset, backed)
         if rc:
@@ -140,7 +140,7 @@ cdef int image_write(
     cdef int rc, attempt
     if not image.writable:
         return -EPERM
-    if copy == COPY_FRESH and image.sparse and data != NULL:
+    if copy == COPY_FRESH and data != NULL and port_load32(&image.sparse):
         return image_pwrite(image, data, offset, length)
     for attempt in range(2):
         if data != NULL and copy != COPY_CACHED:
@@ -164,7 +164,7 @@ cdef int image_pwrite(
     On a full disk the answer is ENOSPC, and no signal.
     """
     cdef int64_t n
-    if lseek(image.fd, 0, 2) < <int64_t>image.file_size:
+    if lseek(image.fd, 0, 2) < <int64_t>port_load64(&image.file_size):
         return -EIO                 # cut short: what is lost must not come back as a hole
     while length:
         n = pwrite(image.fd, data, length, <int64_t>offset)

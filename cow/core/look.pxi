@@ -40,7 +40,7 @@ cdef int emit_extent(bio *b, device *image, uint64_t offset, uint64_t length) no
     cdef int64_t data, hole
     cdef uint64_t n
     cdef int rc = 0
-    if image == NULL or not image.sparse:
+    if image == NULL or not port_load32(&image.sparse):
         rc = extents_append(b, length, FROM_ZERO if image == NULL else source, image == NULL)
         b.done += length
         return rc

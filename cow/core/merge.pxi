@@ -47,7 +47,7 @@ cdef int merge_step(snapshot *s) noexcept nogil:
     """Merge some: 1 if there is more, 0 if all is merged, BIO_SUSPENDED, or -errno (failed)."""
     cdef store *st = s.store
     cdef int rc
-    if not st.valid:
+    if not port_load32(&st.valid):
         return 0
     if st.committed == 0:
         if st.area == 0:

@@ -302,7 +302,7 @@ cdef void store_publish(store *st) noexcept nogil:
     """Make committed exceptions visible. The map lock is held exclusive."""
     cdef uint64_t i
     cdef record *r
-    if not st.valid:
+    if not port_load32(&st.valid):
         return
     for i in range(st.committing.count):
         r = &st.committing.items[i]

@@ -179,7 +179,7 @@ cdef struct device:
     uint8_t *base
     int fd
     bint writable
-    bint sparse                     # has holes, or may grow
+    uint32_t sparse                 # has holes, or may grow
     uint64_t file_size              # below `size` while a growing image has not reached it
     pthread_mutex_t grow_mutex
     # A mapped device. Guarded by the gate.
