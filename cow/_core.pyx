@@ -28,6 +28,7 @@ include "core/exceptions.pxi"   # the exception table: origin chunk -> store chu
 include "core/image.pxi"        # the bottom: mmap'd files, and what is done with a run of bytes
 include "core/request.pxi"      # requests on a device: map, read, write, copy, flush
 include "core/store.pxi"        # the COW store: header, areas, reserve, commit
+include "core/settled.pxi"      # what no snapshot of an origin shares any more
 include "core/family.pxi"       # an origin with its snapshots: prepare and commit
 include "core/targets.pxi"      # map functions: what each target does with a request
 include "core/merge.pxi"        # moving exceptions back into the origin

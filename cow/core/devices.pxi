@@ -129,6 +129,7 @@ cdef class Family:
         pthread_mutex_destroy(&self.f.prepare)
         port_rwlock_destroy(&self.f.map)
         free(self.f.snapshots)
+        settled_free(&self.f.settled)
 
     @property
     def number(self):

@@ -85,6 +85,8 @@ cdef uint64_t family_private(family *f, uint64_t offset, uint64_t length) noexce
     cdef store *st
     cdef uint64_t chunk, last, n, end
     cdef int i
+    if f.nr_snapshots == 0 or settled_run(&f.settled, offset, length) == length:
+        return length
     for i in range(f.nr_snapshots):
         s = f.snapshots[i]
         st = s.store
@@ -99,7 +101,20 @@ cdef uint64_t family_private(family *f, uint64_t offset, uint64_t length) noexce
         if n == 0:
             return 0
         length = ((chunk + n) << st.chunk_shift) - offset
+    settled_set(&f.settled, offset, length)
     return length
+
+
+cdef void family_unsettle(family *f) noexcept nogil:
+    """Start a new settled map, for the snapshots there are. The gate is held exclusively."""
+    cdef snapshot *s
+    cdef int i, shift = 0
+    for i in range(f.nr_snapshots):
+        s = f.snapshots[i]
+        if not s.merging and s.store.chunk_shift and (
+                shift == 0 or s.store.chunk_shift < shift):
+            shift = s.store.chunk_shift
+    settled_reset(&f.settled, shift, f.origin.size)
 
 
 cdef int family_prepare(

@@ -128,6 +128,16 @@ static inline void port_store64(uint64_t *p, uint64_t v)
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
+static inline void port_or64(uint64_t *p, uint64_t bits)
+{
+	__atomic_fetch_or(p, bits, __ATOMIC_RELEASE);
+}
+
+static inline uint64_t port_lowest_bit(uint64_t v)
+{
+	return (uint64_t)__builtin_ctzll(v);
+}
+
 static inline uint32_t port_load32(const uint32_t *p)
 {
 	return __atomic_load_n(p, __ATOMIC_ACQUIRE);

@@ -230,7 +230,7 @@ cdef int request_read_many(
     cdef int rc = 0
     bio_init(&ahead, READ, emit_prefetch, NULL)
     while done[0] < count and rc == 0:
-        last = min(count, done[0] + BATCH_LOCK)
+        last = min(count, done[0] + max(<uint64_t>1, <uint64_t>BATCH_BYTES / size))
         lock_maps(d)
         for i in range(done[0], last):
             if i + PREFETCH_AHEAD < last:
@@ -251,52 +251,100 @@ cdef int request_write_many(
 ) noexcept nogil:
     """Write `count` blocks of `size` bytes in order; `done` counts blocks.
 
-    All blocks of a slice are prepared first and committed together, so one pair of barriers serves
-    them all; then each is written in place, in order, so that the last write to a byte wins.
+    Blocks are written in place, many under one taking of the locks, up to the first that is still
+    shared. From there on a slice of them is prepared and committed together, so that one pair of
+    barriers serves them all; then writing in place goes on, in order, so that the last write to a
+    byte wins.
     """
-    cdef bio b, ahead
-    cdef commit_group group
-    cdef uint64_t i, last, block_done
-    cdef uint8_t *placed = NULL
+    cdef prepared_slice prepared
+    cdef uint64_t block_done
     cdef int copy = COPY_STREAM if count * size > STREAM_SIZE else COPY_CACHED
-    cdef int rc = 0, prepared = 0, committed
-    bio_init(&ahead, READ, emit_prefetch, NULL)
-    if d.nr_locks:
-        placed = <uint8_t *>malloc(BATCH_PREPARE)
-        if placed == NULL:
-            return -ENOMEM
+    cdef int rc = 0
+    prepared.first = prepared.last = 0
+    prepared.placed = NULL
     while done[0] < count and rc == 0:
-        last = min(count, done[0] + BATCH_PREPARE)
-        if placed != NULL:
-            group.count = 0
-            for i in range(done[0], last):
-                if i + PREFETCH_AHEAD < last:
-                    device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
-                bio_init(&b, PREPARE, emit_nothing, data + i * size)
-                b.group = &group
-                prepared = device_map(d, &b, offsets[i], size)
-                if prepared:
-                    last = i            # it gets its turn below, and its error
-                    break
-                placed[i - done[0]] = b.placed == size
-            committed = group_commit(&group)
-            if committed:
-                rc = committed
-                break
-        i = done[0]
-        while i < last and rc == 0:
-            if placed == NULL or not group.sound or not placed[i - done[0]]:
-                block_done = 0
-                rc = request_write(d, data + i * size, offsets[i], size, &block_done, copy)
-            if rc == 0:
-                i += 1
-        port_stream_end()
-        done[0] = i
-        if rc == 0 and prepared:
-            prepared = 0
+        rc = write_in_place(d, data, offsets, count, size, done, copy, &prepared)
+        if rc == BIO_SHARED and done[0] >= prepared.last:
+            rc = prepare_slice(d, data, offsets, count, size, done[0], &prepared)
+        elif rc in (BIO_SHARED, BIO_HELD):
+            # One that found no room, or met a merge: by itself, with its own error.
             block_done = 0
-            rc = request_write(d, data + i * size, offsets[i], size, &block_done)
+            rc = request_write(
+                d, data + done[0] * size, offsets[done[0]], size, &block_done, copy)
+            port_stream_end()
             if rc == 0:
                 done[0] += 1
-    free(placed)
+    free(prepared.placed)
+    return rc
+
+
+# The blocks [first, last) of a batch: prepared and committed. `placed` tells which of them are in
+# fresh chunks already.
+cdef struct prepared_slice:
+    uint64_t first
+    uint64_t last
+    uint8_t *placed
+
+
+cdef int write_in_place(
+    device *d, uint8_t *data, const uint64_t *offsets, uint64_t count, uint64_t size,
+    uint64_t *done, int copy, prepared_slice *prepared
+) noexcept nogil:
+    """Write blocks from `done` on, in place, until one stops the walk."""
+    cdef bio b, ahead
+    cdef uint64_t i, last = min(count, done[0] + max(<uint64_t>1, <uint64_t>BATCH_BYTES / size))
+    cdef int rc = 0
+    bio_init(&ahead, READ, emit_prefetch, NULL)
+    lock_maps(d)
+    for i in range(done[0], last):
+        if prepared.first <= i < prepared.last and prepared.placed[i - prepared.first]:
+            done[0] += 1
+            continue
+        if i + PREFETCH_AHEAD < last:
+            device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
+        bio_init(&b, WRITE, emit_write, data + i * size)
+        b.copy = copy
+        rc = device_map(d, &b, offsets[i], size)
+        if rc:
+            break
+        done[0] += 1
+    port_stream_end()
+    unlock_maps(d)
+    return rc
+
+
+cdef int prepare_slice(
+    device *d, uint8_t *data, const uint64_t *offsets, uint64_t count, uint64_t size,
+    uint64_t first, prepared_slice *prepared
+) noexcept nogil:
+    """Prepare the blocks from `first` on and commit them together."""
+    cdef bio b, ahead
+    cdef commit_group group
+    cdef uint64_t i, last = min(count, first + BATCH_PREPARE)
+    cdef int rc
+    if prepared.placed == NULL:
+        prepared.placed = <uint8_t *>malloc(BATCH_PREPARE)
+        if prepared.placed == NULL:
+            return -ENOMEM
+    bio_init(&ahead, READ, emit_prefetch, NULL)
+    group.count = 0
+    for i in range(first, last):
+        if i + PREFETCH_AHEAD < last:
+            device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
+        bio_init(&b, PREPARE, emit_nothing, data + i * size)
+        b.group = &group
+        if device_map(d, &b, offsets[i], size):
+            last = i                # it gets its turn and its error when those before are written
+            break
+        prepared.placed[i - first] = b.placed == size
+    prepared.first = first
+    prepared.last = last
+    rc = group_commit(&group)
+    if rc:
+        prepared.last = first
+    elif not group.sound:
+        memset(prepared.placed, 0, last - first)
+    if rc == 0 and last == first:
+        prepared.last = first + 1      # alone
+        prepared.placed[0] = 0
     return rc

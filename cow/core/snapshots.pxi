@@ -201,6 +201,7 @@ cdef class Snapshot(TargetMap):
         self.s.active = True
         self.owner = owner
         self.s.owner = &owner.d
+        family_unsettle(f)
 
     def deactivate(self):
         """Get no origin writes any more. The gate is held exclusively."""

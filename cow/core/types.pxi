@@ -17,6 +17,8 @@ cdef extern from "port.h" nogil:
     void port_prefetch(const void *address)
     uint64_t port_load64(const uint64_t *p)
     void port_store64(uint64_t *p, uint64_t v)
+    void port_or64(uint64_t *p, uint64_t bits)
+    uint64_t port_lowest_bit(uint64_t v)
     uint32_t port_load32(const uint32_t *p)
     void port_store32(uint32_t *p, uint32_t v)
 
@@ -128,7 +130,7 @@ cdef enum:
     MERGE_WINDOW = 1 << 16          # records of an area held while merging
     LOAD_WINDOW = 1 << 12           # records read at once when a store is opened
     STREAM_SIZE = 1 << 22           # batches of more bytes are copied past the cache
-    BATCH_LOCK = 1 << 9             # requests of read_many under one taking of the locks
+    BATCH_BYTES = 1 << 21           # bytes of a batch under one taking of the locks
     BATCH_PREPARE = 1 << 14         # requests of write_many prepared and committed together
     PREFETCH_AHEAD = 3
 
@@ -269,6 +271,12 @@ cdef struct snapshot:
     uint64_t window_end
     uint64_t broken_from            # siblings have their copies for records from here on
 
+cdef struct settled_map:
+    uint64_t *words                 # NULL: nothing is settled
+    uint64_t size                   # bytes
+    uint64_t nr_granules
+    int granule_shift               # bytes
+
 # An origin with its snapshots: the unit of locking and of copy-before-write.
 cdef struct family:
     uint64_t number
@@ -279,6 +287,7 @@ cdef struct family:
     port_event merge_steps
     int nr_snapshots                # active ones, largest chunk first; guarded by the gate
     snapshot **snapshots
+    settled_map settled
     uint64_t prepared               # sequence numbers; `prepared` guarded by the prepare mutex,
     uint64_t committing             # the others by the commit mutex
     uint64_t committed
