@@ -122,8 +122,12 @@ cdef class Family:
         pthread_mutex_init(&self.f.prepare, NULL)
         pthread_mutex_init(&self.f.commit, NULL)
         port_event_init(&self.f.merge_steps)
+        port_event_init(&self.f.commits)
+        port_event_init(&self.f.arrivals)
 
     def __dealloc__(self):
+        port_event_destroy(&self.f.arrivals)
+        port_event_destroy(&self.f.commits)
         port_event_destroy(&self.f.merge_steps)
         pthread_mutex_destroy(&self.f.commit)
         pthread_mutex_destroy(&self.f.prepare)
@@ -204,7 +208,7 @@ cdef class BlockDevice:
             if rc < 0:
                 self.fail(rc, o, what)
             with nogil:
-                port_event_wait(&self.d.gate.changes, seen, 100)
+                port_event_wait(&self.d.gate.changes, seen, WAIT_SLICE)
             PyErr_CheckSignals()
 
     cdef int fail(self, int rc, operation *o, str what) except -1:
@@ -511,6 +515,7 @@ cdef class FileDevice(BlockDevice):
         Called again with a writable descriptor it replaces a read-only mapping. The gate is held
         exclusively then.
         """
+        cdef statfs status
         cdef void *base
         cdef int protection
         cdef int rc = port_install_sigbus()
@@ -535,6 +540,7 @@ cdef class FileDevice(BlockDevice):
         self.d.file_size = file_size
         self.d.writable = writable
         self.d.sparse = sparse
+        self.d.on_disk = fstatfs(fd, &status) == 0 and status.f_type != TMPFS_MAGIC
 
     def detach(self):
         """Unmap. While views are out this waits for the last of them."""
@@ -666,11 +672,11 @@ cdef class MappedDevice(BlockDevice):
         """Count an event and wake who waits."""
         port_event_raise(&self.d.events)
 
-    def wait_event(self, uint64_t event_nr, long milliseconds):
+    def wait_event(self, uint64_t event_nr, uint64_t milliseconds):
         """Wait until the event counter differs from `event_nr`, or so long; return the counter."""
         cdef uint64_t now
         with nogil:
-            now = port_event_wait(&self.d.events, event_nr, milliseconds)
+            now = port_event_wait(&self.d.events, event_nr, 1000 * milliseconds)
         return now
 
     cdef FileDevice image_of(self, void *image):

@@ -140,10 +140,11 @@ cdef int image_write(
     cdef int rc, attempt
     if not image.writable:
         return -EPERM
-    if copy == COPY_FRESH and data != NULL and port_load32(&image.sparse):
+    if data != NULL and (copy == COPY_FRESH and port_load32(&image.sparse)
+                         or copy == COPY_CLEAN and image.on_disk):
         return image_pwrite(image, data, offset, length)
     for attempt in range(2):
-        if data != NULL and copy != COPY_CACHED:
+        if data != NULL and (copy == COPY_STREAM or copy == COPY_FRESH):
             rc = port_copy_stream(image.base + offset, data, length)
         elif data != NULL:
             rc = port_copy(image.base + offset, data, length)
@@ -159,12 +160,13 @@ cdef int image_write(
 cdef int image_pwrite(
     device *image, uint8_t *data, uint64_t offset, uint64_t length
 ) noexcept nogil:
-    """Write into a hole with a system call, which fills new pages without zeroing them first.
+    """Write with a system call, which fills new pages without zeroing them first.
 
-    On a full disk the answer is ENOSPC, and no signal.
+    It also marks just what is written as dirty, where a fault would mark a whole large folio. On a
+    full disk the answer is ENOSPC, and no signal.
     """
     cdef int64_t n
-    if lseek(image.fd, 0, 2) < <int64_t>port_load64(&image.file_size):
+    if lseek(image.fd, 0, 2) < <int64_t>(offset + length):
         return -EIO                 # cut short: what is lost must not come back as a hole
     while length:
         n = pwrite(image.fd, data, length, <int64_t>offset)

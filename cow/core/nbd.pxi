@@ -137,7 +137,7 @@ cdef int nbd_perform(nbd_connection *c, operation *o) noexcept nogil:
             return rc
         if port_load32(&c.stopping) or nbd_send(c):
             return -ENXIO
-        port_event_wait(&g.changes, seen, 100)
+        port_event_wait(&g.changes, seen, WAIT_SLICE)
 
 
 cdef uint32_t nbd_errno(int rc) noexcept nogil:

@@ -267,6 +267,13 @@ static void port_write_unlock(port_rwlock *l)
 	pthread_mutex_unlock(&l->turn);
 }
 
+static uint64_t port_microseconds(void)
+{
+	struct timespec now;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
 /* A counter others wait on: device events, the mapper's changes, merge steps. */
 typedef struct port_event {
 	uint64_t count;
@@ -304,13 +311,13 @@ static void port_event_raise(port_event *e)
 	pthread_mutex_unlock(&e->mutex);
 }
 
-/* Wait until the count differs from `seen` or `milliseconds` have passed; return the count. */
-static uint64_t port_event_wait(port_event *e, uint64_t seen, long milliseconds)
+/* Wait until the count differs from `seen` or `microseconds` have passed; return the count. */
+static uint64_t port_event_wait(port_event *e, uint64_t seen, uint64_t microseconds)
 {
 	struct timespec until;
 	clock_gettime(CLOCK_MONOTONIC, &until);
-	until.tv_sec += milliseconds / 1000;
-	until.tv_nsec += milliseconds % 1000 * 1000000L;
+	until.tv_sec += (time_t)(microseconds / 1000000);
+	until.tv_nsec += (long)(microseconds % 1000000) * 1000L;
 	if (until.tv_nsec >= 1000000000L) {
 		until.tv_nsec -= 1000000000L;
 		until.tv_sec++;

@@ -88,6 +88,7 @@ cdef int request_write(
             rc = wait_merge_step(&b)
         elif rc == BIO_SHARED:
             rc = request_prepare(d, data, offset, length, done)
+            copy = COPY_CLEAN
         else:
             return rc
         if rc or done[0] == length:
@@ -121,7 +122,7 @@ cdef int request_prepare(
 
 cdef int wait_merge_step(bio *b) noexcept nogil:
     """Wait until the merge step that holds a write is over."""
-    port_event_wait(&b.snapshot.family.merge_steps, b.seen, 100)
+    port_event_wait(&b.snapshot.family.merge_steps, b.seen, WAIT_SLICE)
     return -EIO if port_load32(&b.snapshot.merge_failed) else 0
 
 
@@ -303,7 +304,7 @@ cdef int write_in_place(
         if i + PREFETCH_AHEAD < last:
             device_map(d, &ahead, offsets[i + PREFETCH_AHEAD], min(size, <uint64_t>SECTOR))
         bio_init(&b, WRITE, emit_write, data + i * size)
-        b.copy = copy
+        b.copy = COPY_CLEAN if prepared.first <= i < prepared.last else copy
         rc = device_map(d, &b, offsets[i], size)
         if rc:
             break

@@ -252,7 +252,7 @@ cdef class Snapshot(TargetMap):
             rc = merge_step(&self.s)
             port_read_unlock(&self.s.origin.gate.lock)
             if rc == BIO_SUSPENDED:
-                port_event_wait(&self.s.origin.gate.changes, seen, 100)
+                port_event_wait(&self.s.origin.gate.changes, seen, WAIT_SLICE)
         if rc == BIO_SUSPENDED:
             return None
         if rc < 0:

@@ -37,7 +37,8 @@ cdef extern from "port.h" nogil:
     void port_event_destroy(port_event *e)
     uint64_t port_event_count(port_event *e)
     void port_event_raise(port_event *e)
-    uint64_t port_event_wait(port_event *e, uint64_t seen, long milliseconds)
+    uint64_t port_event_wait(port_event *e, uint64_t seen, uint64_t microseconds)
+    uint64_t port_microseconds()
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -45,6 +46,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *mutex, void *attr)
     int pthread_mutex_destroy(pthread_mutex_t *mutex)
     int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_trylock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -58,6 +60,11 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs:
+        int64_t f_type
+    int fstatfs(int fd, statfs *status)
 
 cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
@@ -75,6 +82,7 @@ cdef enum:
     SEEK_HOLE = 4
     PAGE = 4096
     SECTOR = 512
+    TMPFS_MAGIC = 0x01021994
 
 # What a request answers besides 0 and -errno.
 cdef enum:
@@ -98,6 +106,7 @@ cdef enum:
     COPY_CACHED = 0                 # somebody will look at them soon
     COPY_STREAM = 1                 # past the cache
     COPY_FRESH = 2                  # into a place that may not exist yet, and past the cache
+    COPY_CLEAN = 3                  # over data that was just copied away: its pages are clean
 
 # Where the bytes of an extent come from (cow.ORIGIN, cow.COW, cow.ZERO).
 cdef enum:
@@ -133,6 +142,7 @@ cdef enum:
     BATCH_BYTES = 1 << 21           # bytes of a batch under one taking of the locks
     BATCH_PREPARE = 1 << 14         # requests of write_many prepared and committed together
     PREFETCH_AHEAD = 3
+    WAIT_SLICE = 100000             # microseconds after which one who waits looks up
 
 # What a filter answers (FilterTarget.start).
 cdef enum:
@@ -182,6 +192,7 @@ cdef struct device:
     int fd
     bint writable
     uint32_t sparse                 # has holes, or may grow
+    bint on_disk                    # to make a clean page writable takes a file system's journal
     uint64_t file_size              # below `size` while a growing image has not reached it
     pthread_mutex_t grow_mutex
     # A mapped device. Guarded by the gate.
@@ -288,7 +299,12 @@ cdef struct family:
     int nr_snapshots                # active ones, largest chunk first; guarded by the gate
     snapshot **snapshots
     settled_map settled
-    uint64_t prepared               # sequence numbers; `prepared` guarded by the prepare mutex,
-    uint64_t committing             # the others by the commit mutex
+    uint64_t prepared               # sequence numbers; `prepared` written under the prepare mutex,
+    uint64_t committing             # the others, and what follows, guarded by the commit mutex
     uint64_t committed
+    uint64_t last_group             # sequence numbers in the last commit, and how long it took
+    uint64_t last_microseconds
+    port_event commits              # counted up after each
+    uint32_t gathering              # a commit waits for more to be prepared
+    port_event arrivals             # counted up then, for each that is
     bint in_commit                  # a commit was interrupted by a suspended device
