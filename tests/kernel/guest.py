@@ -372,6 +372,9 @@ def main() -> None:
     os.mkdir("/run/mnt")
     for module in MODULES:
         insert(module)
+    # No program is to be started for every event of a device: that took most of the time.
+    with open("/sys/kernel/uevent_helper", "w") as file:
+        file.write("\n")
     tty.setraw(0)
     machine = Machine()
     say("@ready " + os.uname().release)
