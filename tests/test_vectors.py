@@ -906,6 +906,13 @@ def test_an_origin_takes_no_discard(rig):
     assert refused(discard, rig, "base", 0, 8) == errno.EOPNOTSUPP
 
 
+def test_a_snapshot_of_what_takes_no_discard_takes_none_either(rig):
+    rig.snap()
+    top_cow = image(rig.folder / "top.cow", 2048)
+    rig.dm.create("top", f"0 2048 snapshot snap {top_cow} P 8 1 discard_zeroes_cow")
+    assert refused(discard, rig, "top", 0, 8) == errno.EOPNOTSUPP
+
+
 def test_a_discard_on_an_invalid_snapshot_fails(rig):
     rig.snap("snap", "P 8 1 discard_zeroes_cow", cow_sectors=16)
     rig.write("base", 0)

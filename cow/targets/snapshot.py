@@ -86,12 +86,14 @@ class SnapshotTarget(Target):
 
     @property
     def supports_discard(self) -> bool:
-        """With discard_zeroes_cow; a COW device that itself has snapshots cannot take one."""
-        passdown = "discard_passdown_origin" in self.features
+        """With discard_zeroes_cow, where both devices take discards.
+
+        A COW device that itself has snapshots cannot take one.
+        """
         return (
             "discard_zeroes_cow" in self.features
             and self.cow.plain
-            and (not passdown or self.origin.supports_discard)
+            and self.origin.supports_discard
         )
 
     # Two tables with the same origin and the same COW device: the one that is active is the source,

@@ -359,7 +359,10 @@ class Persistent:
         return self.at(area_location(area, self.chunk))
 
     def load(self) -> dict[int, int]:
-        magic, valid, version, chunk = struct.unpack("<IIII", self.cow.read(0, 16))
+        # The header is read as a chunk of the table's size, or of the default one.
+        magic, valid, version, chunk = struct.unpack_from(
+            "<IIII", self.cow.read(0, (self.chunk or 32) * SECTOR)
+        )
         if magic == 0:
             self.chunk = self.chunk or 32
             self.buffer = bytearray(self.chunk * SECTOR)
@@ -683,9 +686,7 @@ class Snapshot(Target):
             raise failure(errno.EIO)
 
     def can_discard(self):
-        if FEATURES[1] in self.features and not self.origin.can_discard():
-            raise Nonsense("a discard passed down to what takes none")
-        return bool(self.features)
+        return bool(self.features) and super().can_discard()
 
     def forget(self) -> None:
         self.cow.forget(0)
