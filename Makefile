@@ -7,7 +7,7 @@ TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 
 # Those with threads in them; the sanitizer is slow, and the others have one thread.
 THREADED := $(addprefix tests/test_,$(addsuffix .py,threads vectors lifecycle device_io model))
-FUZZ := table concise store program
+FUZZ := $(patsubst fuzz/fuzz_%.py,%,$(wildcard fuzz/fuzz_*.py))
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
@@ -70,7 +70,7 @@ fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; build/corpus has w
 		echo "fuzz: $$name, $(FUZZ_SECONDS) s"; \
 		PYTHONPATH='$(CURDIR)/build/$@/lib' \
 		LD_PRELOAD="$$PWD/build/$@/coverage.so $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
 		$(BIN)/python fuzz/main.py $$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
 			-artifact_prefix=build/corpus/found-$$name- $(ARGS) build/corpus/$$name fuzz/corpus/$$name \
 			|| exit; \

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import scratch
+from fuzz_program import Pair
 from support import SECTOR, area_location, fill, header_bytes
 from test_model import World, outcome, same, same_bytes
 
@@ -27,7 +28,7 @@ def run(data: bytes) -> None:
     content = packed(rest, size) if knobs[0] & 1 else rest[:size].ljust(size, b"\0")
     chunk = (0, 1, 2, 4, 8, 16, 64, 512)[knobs[3] & 7]
     letter = "PO" if knobs[3] & 8 else "P"
-    world = World(scratch.folder(), {"b": (sectors * SECTOR, 1), "c": (size, 0)}, "process")
+    world = Pair(scratch.folder(), {"b": (sectors * SECTOR, 1), "c": (size, 0)}, "process")
     try:
         path = world.paths["c"]
         with open(path, "wb") as file:

@@ -41,12 +41,11 @@ def _apply(tables: np.ndarray, states: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def fill(size: int, seed: int) -> bytes:
-    """Return `size` bytes of the pattern that the kernel traces write for `seed`.
+def _pattern(count: int, seed: int) -> bytes:
+    """Return `count` words of the pattern for `seed`.
 
     The generator is linear, so the second half of the states is a linear map of the first half.
     """
-    count = max(1, -(-size // 8))
     states = np.empty(count, np.uint64)
     states[0] = _step((seed * 0x9E3779B97F4A7C15 + 1) & MASK)
     basis = np.array([_step(1 << bit) for bit in range(64)], np.uint64)
@@ -57,7 +56,16 @@ def fill(size: int, seed: int) -> bytes:
         states[done : done + more] = _apply(tables, states[:more])
         basis = _apply(tables, basis)
         done *= 2
-    return states.astype("<u8").tobytes()[:size]
+    return states.astype("<u8").tobytes()
+
+
+def fill(size: int, seed: int) -> bytes:
+    """Return `size` bytes of the pattern that the kernel traces write for `seed`.
+
+    The words are made in powers of two, so that one pattern serves all sizes near it.
+    """
+    words = max(512, -(-size // 8))
+    return _pattern(1 << (words - 1).bit_length(), seed)[:size]
 
 
 def stamp(first: int, count: int, tag: int) -> bytes:
