@@ -279,13 +279,15 @@ cdef int store_commit(store *st) noexcept nogil:
     rc = barrier(st.cow, low << st.chunk_shift, (high - low) << st.chunk_shift)
     if rc:
         return rc
+    # One barrier for the records of all areas: should those of a later area reach the disk alone,
+    # they lie behind the end of the list, and are zeroed before the list gets there.
+    low = record_offset(st, area, index)
     i = 0
     while i < n:
         k = min(per_area - index, n - i)
-        rc = write_device(st.cow, <uint8_t *>&st.committing.items[i],
-                          record_offset(st, area, index), k * sizeof(record))
-        if rc == 0:
-            rc = barrier(st.cow, record_offset(st, area, index), k * sizeof(record))
+        high = record_offset(st, area, index) + k * sizeof(record)
+        rc = write_device(st.cow, <uint8_t *>&st.committing.items[i], high - k * sizeof(record),
+                          k * sizeof(record))
         if rc:
             return rc
         i += k
@@ -293,6 +295,9 @@ cdef int store_commit(store *st) noexcept nogil:
         if index == per_area:
             index = 0
             area += 1
+    rc = barrier(st.cow, low, high - low)
+    if rc:
+        return rc
     port_store64(&st.area, area)
     port_store64(&st.committed, index)
     return 0
