@@ -150,7 +150,8 @@ class Device(_core.MappedDevice):
     def resume(self) -> None:
         """Make the inactive table live, if there is one, and let requests go on.
 
-        If a target refuses, the new table stays live and the device suspended.
+        If a target refuses, the new table stays live and the device suspended; for want of memory
+        nothing changes.
         """
         if self.inactive is None:
             if not self.suspended:
@@ -164,6 +165,11 @@ class Device(_core.MappedDevice):
         except TableError:
             self.clear()
             raise
+        try:
+            for target in self.inactive.targets:
+                target.prepare()
+        except TargetError as error:
+            raise ResumeError(f"{self}: {target.name}: {error.strerror}", error.errno) from error
         self.suspend()
         old, new = self.live, self.inactive
         self.live, self.inactive = new, None
@@ -211,8 +217,9 @@ class Device(_core.MappedDevice):
 
     def relock(self) -> None:
         """Work out the families below this device and whoever stands on it. Exclusive gate held."""
-        self.families, plain = _families_below(self.live)
-        self.set_locks(self.families, plain)
+        families, plain = _families_below(self.live)
+        self.set_locks(families, plain)
+        self.families = families  # holds them while the core has their locks
         for table in self.holders:
             holder = table.targets[0].device
             assert isinstance(holder, Device)

@@ -75,6 +75,9 @@ class Target:
         """Answer a message."""
         raise TargetError("Target type does not support messages")
 
+    def prepare(self) -> None:
+        """Get what going live needs; TargetError leaves the table it would replace as it is."""
+
     def preresume(self) -> None:
         """Raise TargetError if the target cannot go live now."""
 

@@ -216,20 +216,25 @@ cdef class Snapshot(TargetMap):
         self.s.owner = NULL
         self.owner = None
 
+    def make_room(self, Snapshot source not None):
+        """Have room in the store of `source` for this origin, as a handover will need.
+
+        MemoryError changes nothing. The gate is held exclusively.
+        """
+        cdef store *st = source.s.store
+        cdef uint64_t end = max(self.s.end, self.s.origin.size)
+        if st.chunk_shift and exception_table_extend(
+                &st.exceptions, (end + chunk_bytes(st) - 1) >> st.chunk_shift):
+            raise MemoryError("Unable to allocate hash table space")
+
     def hand_over(self, Snapshot source not None):
         """Take over the store of `source`, which is left with this one's, invalid.
 
-        Both stores have the letter P or PO of the new table then, as in the kernel. The gate is
-        held exclusively.
+        There is room for it: see make_room(). Both stores have the letter P or PO of the new table
+        then, as in the kernel. The gate is held exclusively.
         """
         cdef ExceptionStore mine = self.store, theirs = source.store
-        cdef uint64_t needed
         theirs.st.overflow_supported = mine.st.overflow_supported
-        if theirs.st.chunk_shift:
-            needed = (max(self.s.end, self.s.origin.size) + chunk_bytes(&theirs.st) - 1
-                      ) >> theirs.st.chunk_shift
-            if exception_table_extend(&theirs.st.exceptions, needed):
-                raise MemoryError("Unable to allocate hash table space")
         mine.st.valid = 0
         self.use_store(theirs)
         source.use_store(mine)

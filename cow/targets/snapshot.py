@@ -127,6 +127,15 @@ class SnapshotTarget(Target):
             return None, None
         return sources[0], destinations[0]
 
+    def prepare(self) -> None:
+        source, destination = self._handover()
+        if source is not None and destination is self:
+            try:
+                with self.origin.gate:
+                    self.map.make_room(source.map)
+            except MemoryError as error:
+                raise TargetError(str(error), errno.ENOMEM) from error
+
     def preresume(self) -> None:
         source, destination = self._handover()
         if source is None:
@@ -135,6 +144,7 @@ class SnapshotTarget(Target):
             raise TargetError("Unable to resume snapshot source until handover completes.")
         if destination is self and not source.is_suspended():
             raise TargetError("Unable to perform snapshot handover until source is suspended.")
+        self.prepare()
 
     def resume(self) -> None:
         source, destination = self._handover()
