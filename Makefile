@@ -78,7 +78,12 @@ fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; build/corpus has w
 
 coverage: ## Report the lines that no test runs, the extension's too (any Python but 3.12)
 	@COW_BUILD=$@ tools/setup dev
-	@COW_BUILD=$@ $(BIN)/coverage run -m pytest $(ARGS); status=$$?; $(BIN)/coverage report; exit $$status
+	@rm -f .coverage*
+	@COW_BUILD=$@ COVERAGE_FILE='$(CURDIR)/.coverage' \
+		COVERAGE_PROCESS_START='$(CURDIR)/tests/support/coverage.toml' \
+		$(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine -q --append
+	@$(BIN)/coverage report
 
 clean: ## Remove what was built, .venv too
 	rm -rf .venv build dist *.egg-info cow/_core.c cow/core/_core.c cow/*.so .coverage
