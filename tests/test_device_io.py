@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import errno
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -499,6 +501,20 @@ def test_extents_show_a_zero_target_as_zeros(dm, tmp_path):
         (8, 24, cow.ZERO),
         (32, 8, cow.ORIGIN),
     ]
+
+
+@pytest.mark.parametrize("look", ["extents", "view"])
+def test_a_look_that_met_a_suspended_device_begins_again(rig, look):
+    """Each wait ends with another pass, from the start: no piece is counted twice."""
+    rig.dm.create("late", "0 8 zero" if look == "extents" else f"0 8 linear {rig.origin} 8")
+    both = rig.dm.create("both", "0 8 linear base-real 0\n8 8 linear late 0")
+    expected = getattr(both, look)().tolist()
+    rig.dm.suspend("late")
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(lambda: getattr(both, look)().tolist())
+        time.sleep(0.3)  # a wait lasts 100 ms at most
+        rig.dm.resume("late")
+    assert found.result() == expected
 
 
 def test_extents_past_the_end_are_none(dev):

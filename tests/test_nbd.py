@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-import shutil
+import resource
 import socket
 import struct
 import subprocess
@@ -17,18 +17,33 @@ from pathlib import Path
 
 import pytest
 from support import SECTOR, Rig, stamp
+from support.nbd import (
+    BLOCK_STATUS,
+    CACHE,
+    CHUNK_NONE,
+    CHUNK_STATUS,
+    DF,
+    DISC,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    OPT_STRUCTURED_REPLY,
+    READ,
+    REQ_ONE,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    Client,
+    need,
+    run,
+)
 
 import cow
 from cow.export.nbd import NbdServer
 
 SECTORS = 8192
-READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
-
-
-def need(*programs: str) -> None:
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
+SEND_DF = 1 << 7
 
 
 @pytest.fixture
@@ -47,13 +62,6 @@ def server(rig, tmp_path):
 def uri(server, tmp_path):
     """A function that names a device for a client."""
     return lambda name: f"nbd+unix:///{name}?socket={tmp_path}/nbd.sock"
-
-
-def run(*words: str, **options) -> str:
-    """Run a client and return what it prints."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # --- clients of others ----------------------------------------------------------------------------
@@ -156,62 +164,6 @@ def test_nbdkits_client_serves_a_device_again(rig, uri, tmp_path):
 
 
 # --- our own client, byte by byte -----------------------------------------------------------------
-
-
-class Client:
-    """The least of a client: a raw connection that can also do wrong."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(30)
-        self.socket.connect(str(path))
-
-    def receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = self.socket.recv(size - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
-
-    def greet(self) -> None:
-        assert self.receive(16) == b"NBDMAGICIHAVEOPT"
-        self.receive(2)
-        self.socket.sendall(struct.pack(">I", 3))
-
-    def go(self, name: str) -> int:
-        """Choose an export without structured replies; return its size."""
-        self.greet()
-        data = struct.pack(">I", len(name)) + name.encode() + struct.pack(">H", 0)
-        self.socket.sendall(b"IHAVEOPT" + struct.pack(">II", 7, len(data)) + data)
-        size = 0
-        while True:
-            _, _, kind, length = struct.unpack(">QIII", self.receive(20))
-            body = self.receive(length)
-            if kind == 3 and body[:2] == b"\0\0":
-                size = struct.unpack(">HQH", body)[1]
-            if kind == 1:
-                return size
-            if kind >> 31:
-                raise ConnectionRefusedError(kind)
-
-    def send(self, kind: int, offset: int, length: int, data: bytes = b"", flags: int = 0) -> None:
-        head = struct.pack(">IHHQQI", 0x25609513, flags, kind, 42, offset, length)
-        self.socket.sendall(head + data)
-
-    def answer(self, size: int = 0) -> tuple[int, bytes]:
-        """Return the error and the data of one simple reply."""
-        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
-        assert (magic, cookie) == (0x67446698, 42)
-        return error, b"" if error else self.receive(size)
-
-    def ask(self, kind: int, offset: int, length: int, data: bytes = b"", flags: int = 0):
-        self.send(kind, offset, length, data, flags)
-        return self.answer(length if kind == READ else 0)
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 @pytest.fixture
@@ -402,3 +354,206 @@ def test_stop_disconnects_clients_and_leaves_no_threads_or_files(rig, tmp_path):
     client.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("cow-nbd")]
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- the protocol's rules -------------------------------------------------------------------------
+
+
+def test_df_is_offered_only_with_structured_replies(client):
+    plain, structured = client(None), client(None)
+    plain.greet()
+    assert not plain.choose("base")[1] & SEND_DF
+    structured.negotiate("base")
+    other = client(None)
+    other.greet()
+    other.option(OPT_STRUCTURED_REPLY)
+    assert other.choose("base")[1] & SEND_DF
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        (READ, NO_HOLE),
+        (READ, DF),  # structured replies were not negotiated
+        (WRITE, NO_HOLE),
+        (WRITE, FAST_ZERO),
+        (TRIM, NO_HOLE),
+        (FLUSH, REQ_ONE),
+        (CACHE, FAST_ZERO),
+        (WRITE_ZEROES, REQ_ONE),
+        (READ, 1 << 15),
+    ],
+)
+def test_a_flag_that_the_command_does_not_know_is_invalid(rig, client, kind, flags):
+    base = client("base")
+    data = b"x" * 512 if kind == WRITE else b""
+    length = 0 if kind == FLUSH else 512
+    assert base.ask(kind, 0, length, data, flags) == (errno.EINVAL, b"")
+    assert base.ask(READ, 0, 512) == (0, rig.before[:512])
+
+
+@pytest.mark.parametrize("kind", [READ, FLUSH, CACHE, WRITE, TRIM, WRITE_ZEROES])
+def test_fua_is_taken_with_every_command(rig, client, kind):
+    real = client("base-real")
+    data = b"x" * 512 if kind == WRITE else b""
+    length = 0 if kind == FLUSH else 512
+    assert real.ask(kind, 0, length, data, FUA)[0] == 0
+
+
+def test_a_read_of_nothing_has_no_data_chunk(client):
+    base = client(None)
+    base.negotiate("base")
+    base.send(READ, 0, 0)
+    assert base.chunk() == (CHUNK_NONE, b"")
+
+
+def test_cache_is_for_what_is_there(client):
+    base = client("base")
+    assert base.ask(CACHE, 0, SECTORS * SECTOR) == (0, b"")
+    assert base.ask(CACHE, 4096, SECTORS * SECTOR) == (errno.EINVAL, b"")
+
+
+def test_requests_before_garbage_are_answered(rig, client):
+    base = client("base")
+    base.send(WRITE, 0, 512, b"w" * 512)
+    base.send(READ, 0, 512)
+    base.socket.sendall(bytes(28))
+    assert base.answer() == (0, b"")
+    assert base.answer(512) == (0, b"w" * 512)
+    assert base.is_closed()
+
+
+# --- block status ---------------------------------------------------------------------------------
+
+
+def striped_status(rig, pieces: int) -> list[tuple[int, int]]:
+    """Make a device `comb` of data and zeros by turns, a page each; return its extents."""
+    lines = [
+        f"{16 * n} 8 linear base-real {8 * n}\n{16 * n + 8} 8 zero" for n in range(pieces // 2)
+    ]
+    rig.dm.create("comb", "\n".join(lines))
+    return [(4096, 3 * (n % 2)) for n in range(pieces)]
+
+
+def test_block_status_tells_data_from_zeros(rig, client):
+    expected = striped_status(rig, 100)
+    comb = client(None)
+    comb.negotiate("comb")
+    assert comb.status(0, 100 * 4096) == expected
+    assert comb.status(0, 100 * 4096, REQ_ONE) == expected[:1]
+    assert comb.status(4096 + 512, 4096, REQ_ONE) == [(3584, 3)]
+    assert comb.status(4096 + 512, 4096) == [(3584, 3), (512, 0)]
+
+
+def test_block_status_of_many_extents_is_cut_off(rig, client):
+    """One reply has at most 4096 of them; a client asks again from where it ends."""
+    with open(rig.folder / "holes.img", "wb") as file:
+        for page in range(0, 10000, 2):
+            file.seek(page * 4096)
+            file.write(b"x" * 4096)
+        file.truncate(10000 * 4096)
+    rig.dm.create("holes", f"0 80000 linear {rig.folder}/holes.img 0")
+    holes = client(None)
+    holes.negotiate("holes")
+    found = []
+    while (done := sum(length for length, _ in found)) < 10000 * 4096:
+        part = holes.status(done, 10000 * 4096 - done)
+        assert 0 < len(part) <= 4096
+        found += part
+    assert found == [(4096, 3 * (n % 2)) for n in range(10000)]
+
+
+def test_what_a_snapshot_copied_is_data_as_what_it_did_not(rig, client):
+    rig.snap()
+    rig.write("base", 64, 8)
+    snap = client(None)
+    snap.negotiate("snap")
+    assert snap.status(0, SECTORS * SECTOR) == [(SECTORS * SECTOR, 0)]
+
+
+def test_block_status_starts_again_after_a_suspended_device(rig, client):
+    """The first piece was looked at before the wait; it is not to be counted twice."""
+    rig.dm.create("late", "0 8 zero")
+    rig.dm.create("both", "0 8 linear base-real 0\n8 8 linear late 0")
+    both = client(None)
+    both.negotiate("both")
+    rig.dm.suspend("late")
+    both.send(BLOCK_STATUS, 0, 8192)
+    both.socket.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        both.chunk()
+    both.socket.settimeout(30)
+    rig.dm.resume("late")
+    kind, data = both.chunk()
+    assert (kind, data[4:]) == (CHUNK_STATUS, struct.pack(">4I", 4096, 0, 4096, 3))
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def test_what_was_asked_before_a_stop_is_answered(rig, tmp_path):
+    server = NbdServer(rig.dm, f"unix:{tmp_path}/stop.sock")
+    server.start()
+    client = Client(tmp_path / "stop.sock")
+    client.go("base")
+    for n in range(200):
+        client.send(WRITE, n * SECTOR, SECTOR, bytes([n]) * SECTOR)
+    server.stop()
+    for _ in range(200):
+        assert client.answer() == (0, b"")
+    assert client.is_closed()
+    client.close()
+    assert rig.read("base", 0, 200) == b"".join(bytes([n]) * SECTOR for n in range(200))
+
+
+def test_what_waits_for_a_suspended_device_at_a_stop_is_told(rig, tmp_path):
+    server = NbdServer(rig.dm, f"unix:{tmp_path}/stop.sock")
+    server.start()
+    client = Client(tmp_path / "stop.sock")
+    client.go("base")
+    rig.dm.suspend("base")
+    client.send(READ, 0, 512)
+    server.stop()
+    assert client.answer(512) == (errno.ESHUTDOWN, b"")
+    rig.dm.resume("base")
+    client.close()
+
+
+def test_a_client_that_takes_no_answers_does_not_hold_up_a_stop(rig, tmp_path, monkeypatch):
+    monkeypatch.setattr("cow.export.nbd.DRAIN_SECONDS", 0.2)
+    server = NbdServer(rig.dm, f"unix:{tmp_path}/stop.sock")
+    server.start()
+    client = Client(tmp_path / "stop.sock")
+    client.go("base")
+    for _ in range(8):
+        client.send(READ, 0, SECTORS * SECTOR)
+    server.stop()
+    client.close()
+
+
+def test_the_server_outlives_a_lack_of_file_descriptors(rig, tmp_path):
+    """accept() fails with EMFILE for a while; the client in the queue is served afterwards."""
+    with NbdServer(rig.dm, f"unix:{tmp_path}/full.sock"):
+        client = Client(tmp_path / "full.sock")
+        client.go("base")
+        late = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            late.connect(str(tmp_path / "full.sock"))
+            late.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+            assert client.ask(READ, 0, 512) == (0, rig.before[:512])
+        finally:
+            for each in taken:
+                os.close(each)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        late.settimeout(30)
+        assert late.recv(8) == b"NBDMAGIC"
+        late.close()
+        client.close()

@@ -12,6 +12,7 @@ cdef struct extents:
     uint64_t count
     uint64_t capacity
     uint64_t start
+    uint64_t most                   # stop there, and ask only what is zero; 0: look at all
 
 cdef struct run:
     uint64_t runs
@@ -23,6 +24,8 @@ cdef struct run:
 cdef int emit_run(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
     """Count the pieces a range lies in; neighbours of one image are one piece."""
     cdef run *r = <run *>b.context
+    if b.done == 0:
+        r.runs = 0                  # the pass before met a suspended device
     b.done += length
     if r.runs and image == r.image and image != NULL and offset == r.offset + r.length:
         r.length += length
@@ -40,6 +43,8 @@ cdef int emit_extent(bio *b, device *image, uint64_t offset, uint64_t length) no
     cdef int64_t data, hole
     cdef uint64_t n
     cdef int rc = 0
+    if b.done == 0:
+        (<extents *>b.context).count = 0    # the pass before met a suspended device
     if image == NULL or not port_load32(&image.sparse):
         rc = extents_append(b, length, FROM_ZERO if image == NULL else source, image == NULL)
         b.done += length
@@ -70,9 +75,11 @@ cdef int extents_append(bio *b, uint64_t length, int source, bint zero) noexcept
     cdef extent *last
     if e.count:
         last = &e.items[e.count - 1]
-        if last.source == source and last.zero == zero:
+        if last.zero == zero and (e.most or last.source == source):
             last.length += length
             return 0
+        if e.count == e.most:
+            return BIO_ENOUGH
     if e.count == e.capacity:
         capacity = max(<uint64_t>64, 2 * e.capacity)
         items = realloc(e.items, capacity * sizeof(extent))

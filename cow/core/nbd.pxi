@@ -13,7 +13,11 @@ cdef extern from "<sys/socket.h>" nogil:
     int64_t recv(int fd, void *data, size_t size, int flags)
     int64_t send(int fd, const void *data, size_t size, int flags)
     int shutdown(int fd, int how)
-    enum: MSG_NOSIGNAL, SHUT_RDWR
+    enum: MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RD
+
+cdef extern from "<fcntl.h>" nogil:
+    int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
+    enum: POSIX_FADV_WILLNEED
 
 cdef enum:
     NBD_REQUEST_MAGIC = 0x25609513
@@ -32,6 +36,7 @@ cdef enum:
     NBD_BLOCK_STATUS = 7
     NBD_FUA = 1
     NBD_NO_HOLE = 2
+    NBD_DF = 4
     NBD_REQ_ONE = 8
     NBD_FAST_ZERO = 16
     NBD_REPLY_DONE = 1
@@ -103,7 +108,10 @@ cdef int nbd_send(nbd_connection *c) noexcept nogil:
 
 
 cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
-    """Have `size` bytes in the buffer; 1 if the client has gone. Replies go out before a wait."""
+    """Have `size` bytes in the buffer; 1 if the client has gone. Replies go out before a wait.
+
+    Once stopped, what has arrived is taken, and nothing waited for.
+    """
     cdef nbd_buffer *b = &c.received
     cdef int64_t n
     cdef int rc
@@ -113,8 +121,9 @@ cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
     if rc == 0:
         rc = nbd_room(b, size - (b.end - b.start))
     while rc == 0 and b.end - b.start < size:
-        n = recv(c.fd, b.data + b.end, b.capacity - b.end, 0)
-        if n == 0 or port_load32(&c.stopping):
+        n = recv(c.fd, b.data + b.end, b.capacity - b.end,
+                 MSG_DONTWAIT if port_load32(&c.stopping) else 0)
+        if n == 0 or n < 0 and errno == EAGAIN:
             return 1
         if n > 0:
             b.end += <size_t>n
@@ -124,7 +133,10 @@ cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
 
 
 cdef int nbd_perform(nbd_connection *c, operation *o) noexcept nogil:
-    """Run an operation; while a device on the way is suspended it waits, and fails if stopped."""
+    """Run an operation; while a device on the way is suspended it waits, and fails if stopped.
+
+    0, -errno, or BIO_ENOUGH.
+    """
     cdef gate *g = c.dev.gate
     cdef uint64_t seen
     cdef int rc
@@ -133,7 +145,7 @@ cdef int nbd_perform(nbd_connection *c, operation *o) noexcept nogil:
         seen = port_event_count(&g.changes)
         rc = operation_run(c.dev, o)
         port_read_unlock(&g.lock)
-        if rc <= 0:
+        if rc <= 0 or rc == BIO_ENOUGH:
             return rc
         if port_load32(&c.stopping) or nbd_send(c):
             return -ENXIO
@@ -178,6 +190,18 @@ cdef int nbd_put_reply(
     return 0
 
 
+cdef bint nbd_flags_known(nbd_connection *c, nbd_request *r) noexcept nogil:
+    """Tell whether the command knows its flags; FUA is taken with all of them."""
+    cdef uint32_t known = NBD_FUA
+    if r.type == NBD_READ and c.structured:
+        known |= NBD_DF
+    elif r.type == NBD_WRITE_ZEROES:
+        known |= NBD_NO_HOLE | NBD_FAST_ZERO
+    elif r.type == NBD_BLOCK_STATUS:
+        known |= NBD_REQ_ONE
+    return not r.flags & ~known
+
+
 cdef int nbd_read(nbd_connection *c, nbd_request *r) noexcept nogil:
     """Read straight into the buffer of replies, behind the reply's head."""
     cdef size_t start, head = 28 if c.structured else 16
@@ -191,7 +215,7 @@ cdef int nbd_read(nbd_connection *c, nbd_request *r) noexcept nogil:
     o.data = c.replies.data + start + head
     o.offset = r.offset
     o.length = r.length
-    rc = nbd_perform(c, &o) if r.length else 0
+    rc = nbd_perform(c, &o)
     if start != c.replies.end:
         # What was collected went out while a suspended device was waited for.
         memmove(c.replies.data + head, c.replies.data + start + head, r.length)
@@ -231,44 +255,40 @@ cdef int nbd_block_status(nbd_connection *c, nbd_request *r) noexcept nogil:
     """base:allocation: holes and zeros, neighbours of the same kind as one."""
     cdef extents found
     cdef operation o
-    cdef uint64_t i, n, length
-    cdef uint32_t state, last = 0
+    cdef uint64_t i, length
     cdef uint8_t *p
     cdef int rc
     memset(&found, 0, sizeof(found))
     memset(&o, 0, sizeof(o))
+    found.most = 1 if r.flags & NBD_REQ_ONE else NBD_STATUS_EXTENTS
     o.op = OP_MAP
     o.offset = r.offset
     o.length = r.length
     o.emit = emit_extent
     o.context = &found
-    found.start = r.offset
     rc = nbd_perform(c, &o)
-    if rc:
+    if rc < 0:
         free(found.items)
         return nbd_put_reply(c, r, NBD_REPLY_BLOCK_STATUS, 0, rc)
-    n = 0
-    for i in range(found.count):
-        state = NBD_STATE_HOLE_ZERO if found.items[i].zero else 0
-        if n and state == last:
-            found.items[n - 1].length += found.items[i].length
-            continue
-        if n == (1 if r.flags & NBD_REQ_ONE else NBD_STATUS_EXTENTS):
-            break
-        found.items[n] = found.items[i]
-        last = state
-        n += 1
-    length = 4 + 8 * n
+    length = 4 + 8 * found.count
     rc = nbd_put_reply(c, r, NBD_REPLY_BLOCK_STATUS, length, 0)
     if rc == 0:
         p = c.replies.data + c.replies.end
         port_put_be(p, 4, c.context)
-        for i in range(n):
+        for i in range(found.count):
             port_put_be(p + 4 + 8 * i, 4, found.items[i].length)
             port_put_be(p + 8 + 8 * i, 4, NBD_STATE_HOLE_ZERO if found.items[i].zero else 0)
         c.replies.end += length
     free(found.items)
     return rc
+
+
+cdef int emit_cache(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    """Have the kernel read ahead what is to be asked for. It is advice: nothing can fail."""
+    if image != NULL:
+        posix_fadvise(image.fd, <int64_t>offset, <int64_t>length, POSIX_FADV_WILLNEED)
+    b.done += length
+    return 0
 
 
 cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept nogil:
@@ -279,13 +299,16 @@ cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept n
     memset(&o, 0, sizeof(o))
     o.offset = r.offset
     o.length = r.length
-    if r.type not in (NBD_FLUSH, NBD_CACHE) and (r.length > size or r.offset > size - r.length):
+    if not nbd_flags_known(c, r):
+        rc = -EINVAL
+    elif r.type != NBD_FLUSH and (r.length > size or r.offset > size - r.length):
         rc = -ENOSPC if r.type in (NBD_WRITE, NBD_WRITE_ZEROES) else -EINVAL
     elif r.type in (NBD_WRITE, NBD_WRITE_ZEROES, NBD_TRIM) and not c.dev.writable:
         rc = -EPERM
-    elif r.type == NBD_READ:
-        return nbd_read(c, r) if r.length <= NBD_MAX_PAYLOAD else nbd_put_reply(
-            c, r, NBD_REPLY_NONE, 0, -EINVAL)
+    elif r.type == NBD_READ and r.length > NBD_MAX_PAYLOAD:
+        rc = -EINVAL
+    elif r.type == NBD_READ and r.length:
+        return nbd_read(c, r)
     elif r.type == NBD_BLOCK_STATUS and c.context and r.length:
         return nbd_block_status(c, r)
     elif r.type == NBD_WRITE or r.type == NBD_WRITE_ZEROES:
@@ -299,7 +322,11 @@ cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept n
         if rc == 0 and r.flags & NBD_FUA:
             o.op = OP_FLUSH
             rc = nbd_perform(c, &o)
-    elif r.type != NBD_CACHE:
+    elif r.type == NBD_CACHE:
+        o.op = OP_MAP
+        o.emit = emit_cache
+        rc = nbd_perform(c, &o) if r.length else 0
+    elif r.type != NBD_READ:
         rc = -EINVAL
     return nbd_put_reply(c, r, NBD_REPLY_NONE, 0, rc)
 
@@ -329,7 +356,9 @@ cdef uint64_t nbd_prepare(nbd_connection *c) noexcept nogil:
     group.count = 0
     port_read_lock(&c.dev.gate.lock)
     while b.end - at >= NBD_REQUEST_SIZE and nbd_parse(b, at, &r) and r.type == NBD_WRITE:
-        if r.length > b.end - at - NBD_REQUEST_SIZE or r.length == 0 or not c.dev.writable:
+        if r.length > b.end - at - NBD_REQUEST_SIZE or r.length == 0:
+            break
+        if not c.dev.writable or not nbd_flags_known(c, &r):
             break
         bio_init(&preparing, PREPARE, emit_nothing, b.data + at + NBD_REQUEST_SIZE)
         preparing.group = &group
@@ -347,18 +376,17 @@ cdef int nbd_serve(nbd_connection *c) noexcept nogil:
     cdef nbd_request r
     cdef uint8_t *p
     cdef size_t payload
+    cdef bint sound
     cdef int rc
     while True:
         rc = nbd_receive(c, NBD_REQUEST_SIZE)
         if rc:
             return 0 if rc == 1 else rc
-        if not nbd_parse(&c.received, c.received.start, &r):
-            return -EINVAL
-        if r.type == NBD_DISC:
-            return nbd_send(c)
+        sound = nbd_parse(&c.received, c.received.start, &r)
         payload = r.length if r.type == NBD_WRITE else 0
-        if payload > NBD_MAX_PAYLOAD:
-            return -EINVAL
+        if not sound or payload > NBD_MAX_PAYLOAD or r.type == NBD_DISC:
+            rc = nbd_send(c)
+            return rc if r.type == NBD_DISC and sound else -EINVAL
         rc = nbd_receive(c, NBD_REQUEST_SIZE + payload)
         if rc:
             return 0 if rc == 1 else rc
@@ -409,6 +437,6 @@ cdef class NbdConnection:
             raise OSError(-rc, os.strerror(-rc))
 
     def stop(self):
-        """End run() from another thread, after the request under way."""
+        """End run() from another thread, once what has arrived is answered."""
         port_store32(&self.c.stopping, 1)
-        shutdown(self.c.fd, SHUT_RDWR)
+        shutdown(self.c.fd, SHUT_RD)

@@ -2,7 +2,7 @@
 
 cimport cython
 from libc.errno cimport (
-    EFAULT, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, errno,
+    EAGAIN, EFAULT, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, errno,
 )
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -91,6 +91,7 @@ cdef enum:
     BIO_SUSPENDED = 3               # a device on the way is suspended
     BIO_FULL = 4                    # preparing: the store of `bio.snapshot` has no room
     BIO_MORE = 5                    # preparing: the group is full; commit it and come again
+    BIO_ENOUGH = 6                  # looking: as many extents as were asked for
 
 cdef enum:
     READ
