@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cow.cli import serve
-from cow.daemon import protocol
+from cow.daemon import protocol, systemd
 from cow.daemon.client import Client, NotServed
 from cow.daemon.protocol import ProtocolError
 from cow.daemon.server import AlreadyServed, Server
@@ -198,10 +198,10 @@ def test_a_notification_may_go_to_an_abstract_socket(tmp_path, monkeypatch):
         notify.settimeout(SECONDS)
         notify.bind("\0" + name)
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
-        serve._notify("READY=1")
+        systemd.notify("READY=1")
         assert notify.recv(100) == b"READY=1"
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    serve._notify("READY=1")
+    systemd.notify("READY=1")
 
 
 def test_a_second_one_says_who_holds_the_socket(daemon):

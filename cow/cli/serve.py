@@ -11,13 +11,15 @@ import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cow.cli import OK, Verb
-from cow.errors import CowError, CowOSError
+from cow.daemon import systemd
+from cow.errors import CowError, CowOSError, InvalidArgument
 
 if TYPE_CHECKING:
     from cow.daemon.server import Export
+    from cow.export.nbd_tls import Tls
     from cow.mapper import Mapper
 
 log = logging.getLogger("cow")
@@ -44,6 +46,23 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve the devices over NBD, at unix:PATH or tcp:HOST:PORT; may be repeated",
     )
     parser.add_argument(
+        "--tls-certificates",
+        metavar="DIR",
+        help="use TLS for NBD, with server-cert.pem, server-key.pem and ca-cert.pem of this "
+        "directory; over a network there is no NBD without",
+    )
+    parser.add_argument(
+        "--tls",
+        choices=("off", "on", "require"),
+        help="off: none; on: NBD clients of this machine may do without; require: nobody may "
+        "(the default where there are certificates)",
+    )
+    parser.add_argument(
+        "--tls-verify-peer",
+        action="store_true",
+        help="NBD clients show a certificate that ca-cert.pem has signed",
+    )
+    parser.add_argument(
         "--mount",
         metavar="DIR",
         action="append",
@@ -58,15 +77,18 @@ def _serve(options: argparse.Namespace) -> int:
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="cow: %(message)s")
     stopped = _stop_signals()
+    tls = _tls(options)
+    control, inherited = _take_sockets(options)
     mapper = Mapper(durability=options.durability)
     try:
-        server = Server(mapper, options.socket)
+        server = Server(mapper, options.socket, listening=control)
         exports: list[Export] = []
         try:
             if options.tables:
                 _create(mapper, _read_tables(options.tables))
             exports.extend(
-                _export("cow.export.nbd", "NbdServer", mapper, address) for address in options.nbd
+                _export("cow.export.nbd", "NbdServer", mapper, address, tls=tls)
+                for address in [*inherited, *options.nbd]
             )
             exports.extend(
                 _export("cow.export.fuse", "FuseMount", mapper, path) for path in options.mount
@@ -75,10 +97,10 @@ def _serve(options: argparse.Namespace) -> int:
                 export.start()
             server.start()
             log.info("process %d serves %s", os.getpid(), server.path)
-            _notify("READY=1")
+            systemd.notify("READY=1")
             os.read(stopped, 1)
             log.info("stopping")
-            _notify("STOPPING=1")
+            systemd.notify("STOPPING=1")
         finally:
             server.stop()
             _stop_exports(exports)
@@ -133,14 +155,47 @@ def _create(mapper: Mapper, text: str) -> None:
         )
 
 
-def _export(module: str, name: str, mapper: Mapper, where: str) -> Export:
+def _tls(options: argparse.Namespace) -> Tls | None:
+    """Return what the options about TLS say; None where there is none."""
+    mode, directory = options.tls, options.tls_certificates
+    if mode == "off" or (mode is None and directory is None):
+        if options.tls_verify_peer:
+            raise InvalidArgument("--tls-verify-peer needs --tls-certificates, and TLS")
+        return None
+    if directory is None:
+        raise InvalidArgument(f"--tls={mode} needs --tls-certificates")
+    from cow.export.nbd_tls import Tls
+
+    return Tls(directory, required=mode != "on", verify_peer=options.tls_verify_peer)
+
+
+def _take_sockets(
+    options: argparse.Namespace,
+) -> tuple[socket.socket | None, list[socket.socket]]:
+    """Return the control socket and the NBD sockets that systemd listens at for us."""
+    found = systemd.take_sockets()
+    control = [each for name, each in found if name == "control"]
+    if len(control) > 1:
+        raise InvalidArgument("LISTEN_FDNAMES: more than one control socket")
+    if control and options.socket:
+        raise InvalidArgument(f"{options.socket}: there is a control socket from systemd already")
+    return control[0] if control else None, [each for name, each in found if name != "control"]
+
+
+def _export(
+    module: str,
+    name: str,
+    mapper: Mapper,
+    where: str | socket.socket,
+    **settings: Any,  # noqa: ANN401
+) -> Export:
     try:
-        made: Export = getattr(importlib.import_module(module), name)(mapper, where)
+        made: Export = getattr(importlib.import_module(module), name)(mapper, where, **settings)
     except ModuleNotFoundError as error:
         if error.name == module:
             raise CowError(f"{where}: this version has no {module}") from error
         raise CowError(f"{where}: needs the Python module {error.name}") from error
-    log.info("serving the devices at %s", where)
+    log.info("serving the devices at %s", getattr(made, "address", where))
     return made
 
 
@@ -172,15 +227,6 @@ def _flush(mapper: Mapper) -> None:
                 mapper.device(name).flush()
             except CowError as error:
                 log.warning("%s: flush: %s", name, error)
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, if it asked to be told (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
 EPILOG = """\

@@ -433,6 +433,7 @@ cdef class NbdConnection:
         cdef int rc
         with nogil:
             rc = nbd_serve(&self.c)
+        self.c.fd = -1              # it is closed now, and its number may be another's
         if rc:
             raise OSError(-rc, os.strerror(-rc))
 

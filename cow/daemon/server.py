@@ -31,6 +31,7 @@ from cow.errors import (
     ResumeError,
     TableError,
 )
+from cow.export.listen import Listener
 from cow.image import Image
 from cow.mapper import DIRECTORY, MAJOR, Mapper
 from cow.table import quote_arg
@@ -69,6 +70,7 @@ class AlreadyServed(DeviceBusy):
 class Server:
     """Answers at a control socket, from start() to stop(); the mapper is the caller's.
 
+    The socket is made at `path`, unless one that listens already is given as `listening`.
     `max_clients` is how many may be connected at once: one more takes the place of the client that
     has been idle for longest. A request has `request_seconds` to arrive once it has begun.
     """
@@ -78,21 +80,23 @@ class Server:
         mapper: Mapper,
         path: str | None = None,
         *,
+        listening: socket.socket | None = None,
         max_clients: int = MAX_CLIENTS,
         request_seconds: float = REQUEST_SECONDS,
     ) -> None:
         self.mapper = mapper
-        self.path = protocol.socket_path(path)
+        self.path = protocol.socket_path(path) if listening is None else _path_of(listening)
         self.request_seconds = request_seconds
         self.stopping = threading.Event()
         self._max_clients = max_clients
         self._clients: set[_Client] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._accept, name="cow-control", daemon=True)
+        self._inherited = listening is not None
         self._prepare_directory()
         self._lock_file = self._take_lock()
         try:
-            self._listener = self._listen()
+            self._listener = Listener(self._listen() if listening is None else listening)
         except BaseException:
             os.close(self._lock_file)
             raise
@@ -106,8 +110,7 @@ class Server:
         if self.stopping.is_set():
             return
         self.stopping.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.stop()
         if self._thread.ident is not None:
             self._thread.join()
         with self._lock:
@@ -117,8 +120,9 @@ class Server:
             client.stop()
         for client in clients:
             client.thread.join(max(0, deadline - time.monotonic()))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        if not self._inherited:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
         self._listener.close()
         os.close(self._lock_file)
 
@@ -179,13 +183,13 @@ class Server:
     def _accept(self) -> None:
         while not self.stopping.is_set():
             try:
-                connection, _ = self._listener.accept()
+                connection = self._listener.accept()
             except OSError as error:
-                if not self.stopping.is_set():
-                    log.warning("accept: %s", error.strerror)
-                    self.stopping.wait(0.1)  # out of file descriptors, say
+                log.warning("accept: %s", error.strerror)
+                self.stopping.wait(0.1)  # out of file descriptors, say
                 continue
-            self._admit(connection)
+            if connection is not None:
+                self._admit(connection)
 
     def _admit(self, connection: socket.socket) -> None:
         pid, uid = protocol.peer(connection)
@@ -219,6 +223,14 @@ class Server:
         """Note that a client is gone."""
         with self._lock:
             self._clients.discard(client)
+
+
+def _path_of(listening: socket.socket) -> str:
+    """Return the path of a socket that was made by others."""
+    name = listening.getsockname()
+    if listening.family != socket.AF_UNIX or not isinstance(name, str) or not name:
+        raise InvalidArgument(f"{name!r}: the control socket is a Unix socket with a path")
+    return name
 
 
 class _Hangup(Exception):
