@@ -77,7 +77,10 @@ def test_create_without_a_table_makes_an_empty_device(dm):
     dm.create("dev")
     info = dm.info("dev")
     assert (info.live, info.inactive, info.suspended, info.nr_targets) == (
-        False, False, False, 0,
+        False,
+        False,
+        False,
+        0,
     )
     assert dm.table("dev") == ""
     assert dm.status("dev") == ""

@@ -243,8 +243,10 @@ class Author:
             sectors = rng.choice((33, 34, 35, 36, 68, 69, 70, 37, 64, 130, 200, 300, 400))
             self.images[name] = (sectors * SECTOR, 0)
         self.model = Model(
-            {f"@{name}": fill(size, seed) if seed else bytes(size)
-             for name, (size, seed) in self.images.items()}
+            {
+                f"@{name}": fill(size, seed) if seed else bytes(size)
+                for name, (size, seed) in self.images.items()
+            }
         )
         self.program: list[Op] = []
 
@@ -500,8 +502,10 @@ class Author:
         persistent = [
             target
             for target in self.snapshots()
-            if target.origin.label == "base-real" and target.store.letter != "N"
-            and target.kind == "snapshot" and target.store.chunk
+            if target.origin.label == "base-real"
+            and target.store.letter != "N"
+            and target.kind == "snapshot"
+            and target.store.chunk
         ]
         if not persistent or self.odd_lengths():
             return
@@ -542,23 +546,25 @@ class Author:
 
     def nonsense(self) -> Iterator[Op]:
         """Yield something that is refused, and must change nothing."""
-        yield self.rng.choice((
-            ("remove", "base-real"),
-            ("remove", "nosuch"),
-            ("create", "base", "0 8 zero"),
-            ("create", "gap", "0 8 zero\n9 8 zero"),
-            ("create", "bad", "0 8 snapshot base-real @c0 P 7"),
-            ("load", "base", "0 8 nosuch"),
-            ("load", "base", "0 8 snapshot-origin nosuch"),
-            ("load", "base", f"0 {self.sectors} snapshot-merge base-real @c0 N 8"),
-            ("resume", "nosuch"),
-            ("rename", "base", "base-real"),
-        ))
+        yield self.rng.choice(
+            (
+                ("remove", "base-real"),
+                ("remove", "nosuch"),
+                ("create", "base", "0 8 zero"),
+                ("create", "gap", "0 8 zero\n9 8 zero"),
+                ("create", "bad", "0 8 snapshot base-real @c0 P 7"),
+                ("load", "base", "0 8 nosuch"),
+                ("load", "base", "0 8 snapshot-origin nosuch"),
+                ("load", "base", f"0 {self.sectors} snapshot-merge base-real @c0 N 8"),
+                ("resume", "nosuch"),
+                ("rename", "base", "base-real"),
+            )
+        )
 
     def name(self) -> Iterator[Op]:
-        if names := [n for n in self.snapshot_names() if not self.model.users(
-            self.model.devices[n]
-        )]:
+        if names := [
+            n for n in self.snapshot_names() if not self.model.users(self.model.devices[n])
+        ]:
             name = self.rng.choice(names)
             yield self.rng.choice((("rename", name, f"{name}x"), ("set_uuid", name, f"U-{name}")))
 

@@ -79,7 +79,7 @@ def test_a_snapshot_shorter_than_the_origin_gets_copies_up_to_its_end(rig):
     rig.dm.create("short", f"0 20 snapshot base-real {path} P 16")
     rig.dm.resume("base")
     for tag in (1, 2, 3):
-        rig.write("base", 24, 16, tag)      # from behind the end, inside the last chunk, on
+        rig.write("base", 24, 16, tag)  # from behind the end, inside the last chunk, on
         rig.write("base", 20, 4, tag)
     rig.write("base", 16, 8, tag=4)
     assert rig.read("short", 0, 20) == rig.before[: 20 * SECTOR]

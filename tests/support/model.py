@@ -848,7 +848,8 @@ class Device:
         """
         under = [device.label for device in self.below()]
         stacked = any(
-            isinstance(target, Origin | Merge) and isinstance(block, Device)
+            isinstance(target, Origin | Merge)
+            and isinstance(block, Device)
             and any(isinstance(t, Snapshot) for t in block.live or [])
             for label in under
             for target in self.model.devices[label].live or []

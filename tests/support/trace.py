@@ -59,12 +59,9 @@ class Replayer:
         self.trace = trace
         self.dm = dm
         self.missing = missing
-        self.words = {
-            "@" + name.removeprefix("cow_"): str(paths[name]) for name in trace.images
-        }
+        self.words = {"@" + name.removeprefix("cow_"): str(paths[name]) for name in trace.images}
         self.numbers = {
-            str(paths[name]): f"253:{16 * (index + 1)}"
-            for index, name in enumerate(trace.images)
+            str(paths[name]): f"253:{16 * (index + 1)}" for index, name in enumerate(trace.images)
         }
         self.devices: list[str] = []
 
