@@ -12,8 +12,7 @@ cdef extern from "port.h" nogil:
 cdef extern from "<sys/socket.h>" nogil:
     int64_t recv(int fd, void *data, size_t size, int flags)
     int64_t send(int fd, const void *data, size_t size, int flags)
-    int shutdown(int fd, int how)
-    enum: MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RD
+    enum: MSG_NOSIGNAL
 
 cdef extern from "<fcntl.h>" nogil:
     int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
@@ -108,10 +107,7 @@ cdef int nbd_send(nbd_connection *c) noexcept nogil:
 
 
 cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
-    """Have `size` bytes in the buffer; 1 if the client has gone. Replies go out before a wait.
-
-    Once stopped, what has arrived is taken, and nothing waited for.
-    """
+    """Have `size` bytes in the buffer; 1 if the client has gone. Replies go out before a wait."""
     cdef nbd_buffer *b = &c.received
     cdef int64_t n
     cdef int rc
@@ -121,9 +117,8 @@ cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
     if rc == 0:
         rc = nbd_room(b, size - (b.end - b.start))
     while rc == 0 and b.end - b.start < size:
-        n = recv(c.fd, b.data + b.end, b.capacity - b.end,
-                 MSG_DONTWAIT if port_load32(&c.stopping) else 0)
-        if n == 0 or n < 0 and errno == EAGAIN:
+        n = recv(c.fd, b.data + b.end, b.capacity - b.end, 0)
+        if n == 0:
             return 1
         if n > 0:
             b.end += <size_t>n
@@ -429,15 +424,16 @@ cdef class NbdConnection:
         free(self.c.replies.data)
 
     def run(self):
-        """Serve until the client disconnects or stop() is called; OSError for a broken rule."""
+        """Serve until nothing more comes; OSError for a broken rule."""
         cdef int rc
         with nogil:
             rc = nbd_serve(&self.c)
-        self.c.fd = -1              # it is closed now, and its number may be another's
         if rc:
             raise OSError(-rc, os.strerror(-rc))
 
     def stop(self):
-        """End run() from another thread, once what has arrived is answered."""
+        """Wait for no suspended device any more: what meets one fails with ESHUTDOWN.
+
+        run() goes on until the socket is shut down.
+        """
         port_store32(&self.c.stopping, 1)
-        shutdown(self.c.fd, SHUT_RD)

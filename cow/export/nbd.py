@@ -23,7 +23,7 @@ from cow.export.nbd_handshake import CONTEXT_ID, Handshake, ProtocolError
 from cow.mapper import Mapper
 
 if TYPE_CHECKING:
-    from cow.export.nbd_tls import Tls
+    from cow.export.nbd_tls import Pump, Tls
 
 log = logging.getLogger("cow.nbd")
 
@@ -89,6 +89,8 @@ class NbdServer:
 
     def stop(self) -> None:
         """Answer what was asked, disconnect every client, and give up the address."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         self._listener.stop()
         if self._thread.ident is not None:
@@ -171,6 +173,7 @@ class _Client:
             seconds=server.handshake_seconds,
         )
         self._transmission: _core.NbdConnection | None = None
+        self._pump: Pump | None = None
         self._stopping = False
 
     @property
@@ -181,19 +184,24 @@ class _Client:
     @property
     def negotiating(self) -> bool:
         """Whether the client has chosen no export yet."""
-        return self._transmission is None
+        return not self._handshake.over
 
     def stop(self) -> None:
         """Answer what has arrived, and hang up. A handshake ends at once."""
         self._stopping = True
-        if self._transmission is None:
+        if self.negotiating:
             self._handshake.stop()
-        else:
+            return
+        if self._transmission is not None:
             self._transmission.stop()
+        if self._pump is not None:
+            self._pump.stop()
+        elif self._handshake.encrypted is None:
+            self._handshake.shut_down(socket.SHUT_RD)
 
     def cut_off(self) -> None:
         """Hang up though the client has not taken all its answers."""
-        self._handshake.stop()
+        self._handshake.shut_down(socket.SHUT_RDWR)
 
     def _run(self) -> None:
         try:
@@ -223,8 +231,9 @@ class _Client:
                 structured=self._handshake.structured,
                 context=CONTEXT_ID if self._handshake.context is device else 0,
             )
-            if not self._stopping:
-                self._transmission.run()
+            if self._stopping:
+                self.stop()
+            self._transmission.run()
 
     @contextlib.contextmanager
     def _plain_socket(self) -> Iterator[socket.socket]:
@@ -236,10 +245,10 @@ class _Client:
         from cow.export.nbd_tls import Pump
 
         plain, other = socket.socketpair()
-        pump = Pump(encrypted, other)
-        pump.start()
+        self._pump = Pump(encrypted, other)
+        self._pump.start()
         try:
             with plain:
                 yield plain
         finally:
-            pump.join()
+            self._pump.join()

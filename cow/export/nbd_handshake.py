@@ -104,6 +104,8 @@ class Handshake:
         seconds: float,
     ) -> None:
         self.connection = connection
+        self.over = False
+        """The client is told that it has what it chose, or will be in a moment."""
         self.encrypted: ssl.SSLSocket | None = None
         self.structured = False
         self.context: Device | None = None
@@ -118,9 +120,12 @@ class Handshake:
     def stop(self) -> None:
         """Let run() fail, from another thread."""
         self._stopping = True
+        self.shut_down(socket.SHUT_RDWR)
+
+    def shut_down(self, how: int) -> None:
+        """Shut the socket down, which another thread uses; of an SSLSocket nothing but that."""
         with contextlib.suppress(OSError):
-            # Of an SSLSocket too, the socket alone: its TLS is in use.
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.connection, how)
 
     def run(self) -> DeviceFile | None:
         """Return the device that the client chose, open; None where it wants none."""
@@ -197,6 +202,7 @@ class Handshake:
         with contextlib.ExitStack() as stack:
             if file is not None:
                 stack.enter_context(file)
+                self.over = True
             self._reply(option, replies)
             stack.pop_all()
         return file
@@ -234,6 +240,7 @@ class Handshake:
         file = DeviceFile(self._find(_text(data)), writable=False)
         with contextlib.ExitStack() as stack:
             stack.enter_context(file)
+            self.over = True
             flags = self._flags(file.device)
             zeros = b"" if self._no_zeroes else bytes(124)
             self._send(struct.pack(">QH", file.device.size, flags) + zeros)

@@ -33,6 +33,7 @@ class Tls:
     """
 
     def __init__(self, directory: str, *, required: bool = True, verify_peer: bool = False) -> None:
+        self.directory = directory
         self.required = required
         self.verify_peer = verify_peer
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -88,10 +89,21 @@ class Pump(threading.Thread):
         super().__init__(name="cow-nbd-tls", daemon=True)
         self._client = client
         self._core = core
+        self._stopping = False
+        self._wake, self._woken = socket.socketpair()
+
+    def stop(self) -> None:
+        """Let the core find the end of its requests behind what has arrived.
+
+        The client's socket is not to be shut down for that: to OpenSSL its end would be an attack.
+        """
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
 
     def run(self) -> None:
         """Carry; end when the core has hung up, or the client takes no more."""
-        with self._client, self._core:
+        with self._client, self._core, self._wake, self._woken:
             self._client.setblocking(False)
             self._core.setblocking(False)
             self._carry()
@@ -102,12 +114,16 @@ class Pump(threading.Thread):
         requests = _Flow(self._client, self._core)
         replies = _Flow(self._core, self._client)
         while not replies.ended:
+            stopping = self._stopping
             waits = [flow.step() for flow in (requests, replies) if not flow.ended]
+            if stopping and waits[0] is not None and requests.idle:
+                requests.ended = True
             if requests.ended:
                 with contextlib.suppress(OSError):
                     self._core.shutdown(socket.SHUT_WR)
             if None not in waits:
-                _poll([wait for wait in waits if wait is not None])
+                wake = [] if stopping else [(self._woken.fileno(), select.POLLIN)]
+                _poll(wake + [wait for wait in waits if wait is not None])
 
 
 class _Flow:
@@ -119,6 +135,11 @@ class _Flow:
         self._sink = sink
         self._buffer = memoryview(bytearray(BUFFER))
         self._held = self._buffer[:0]
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was read is sent."""
+        return not self._held
 
     def step(self) -> tuple[int, int] | None:
         """Carry a piece. Where that does not go now, return what to wait for: a file and events."""
