@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cow import store
+    from cow import lvm, store
     from cow._core import COW, ORIGIN, ZERO
     from cow.device import Device, DeviceInfo
     from cow.errors import (
@@ -53,6 +53,7 @@ __all__ = [
     "TableError",
     "TableFormatError",
     "TargetError",
+    "lvm",
     "store",
 ]
 
@@ -70,7 +71,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     """Import what is asked for when it is first used: a command that needs little starts fast."""
-    if name in ("_core", "device", "errors", "image", "mapper", "store", "table", "target"):
+    if name in ("_core", "device", "errors", "image", "lvm", "mapper", "store", "table", "target"):
         return importlib.import_module(f"cow.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""LVM2: read and write volume groups in image files, as LVM does, without root or kernel."""
