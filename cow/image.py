@@ -42,7 +42,7 @@ class Image(_core.FileDevice):
         self.logical_block_size = logical_block_size
         self.major_minor = (7, 0)
         self.holders: list[object] = []
-        self.kept = False
+        self.kept = 0
         self._grow_to = size
         try:
             self._attach(readonly)

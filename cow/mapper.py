@@ -367,8 +367,28 @@ class Mapper:
         image = self._open_image(
             str(path), size=size, readonly=readonly, logical_block_size=logical_block_size
         )
-        image.kept = True
+        image.kept += 1
         return image
+
+    @_locked
+    def use(self, name: str, *, readonly: bool = False) -> Device | Image:
+        """Return what a table would mean by `name`: a device, or an image, opened if it is not.
+
+        An image stays open until release() was called as often as this, and no table names it.
+        """
+        device = self._find_device(name)
+        if device is not None:
+            return device
+        image = self._get_image(name, writable=not readonly)
+        image.kept += 1
+        return image
+
+    @_locked
+    def release(self, device: _core.BlockDevice) -> None:
+        """Let go of what `use` returned."""
+        if isinstance(device, Image) and not device.removed:
+            device.kept -= 1
+            _close([device])
 
     # Inside.
 

@@ -7,11 +7,14 @@ written again where it stood; LVM itself drops it.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from cow.lvm.errors import LVNotFound
+from cow.lvm.names import new_id
 from cow.lvm.text import Section
 
 if TYPE_CHECKING:
@@ -32,10 +35,15 @@ KNOWN_TYPE_FLAGS: Final = frozenset(
     " RESHAPE_DELTA_DISKS_MINUS RESHAPE_DELTA_DISKS_PLUS".split()
 )
 
+LV_STATUS: Final = tuple(
+    "READ WRITE FIXED_MINOR VISIBLE PVMOVE LOCKED NOTSYNCED REBUILD WRITEMOSTLY".split()
+)
+"""The words an LV's status may have, in the order LVM writes them."""
+
 MAX_EXTENTS: Final = 2**32 - 1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PhysicalVolume:
     """A PV of a VG. `device` is None where it is missing; copies of the metadata share it."""
 
@@ -74,16 +82,23 @@ class PhysicalVolume:
     def __str__(self) -> str:
         return self.path or "[unknown]"
 
+    def __repr__(self) -> str:
+        return f"<PhysicalVolume {self.label} {self}>"
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Area:
     """One leg of a segment: from extent `start` of a PV or an LV on."""
 
     of: PhysicalVolume | LogicalVolume
     start: int
 
+    def __repr__(self) -> str:
+        name = self.of.label if isinstance(self.of, PhysicalVolume) else self.of.name
+        return f"<Area {name} {self.start}>"
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Segment:
     """A run of logical extents of one kind."""
 
@@ -129,13 +144,16 @@ class Segment:
         """Whether it can be activated here."""
         return self.type in RUNNABLE_TYPES and not self.type_flags
 
+    def __repr__(self) -> str:
+        return f"<Segment {self.type_text} {self.start_extent}+{self.extent_count} {self.areas}>"
+
     @property
     def type_text(self) -> str:
         """The type with its flags, as in the text."""
         return "+".join([self.type, *self.type_flags])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LogicalVolume:
     """An LV, one of the hidden ones, or a snapshotN record."""
 
@@ -170,6 +188,12 @@ class LogicalVolume:
     def writable(self) -> bool:
         """Whether its permission is rw."""
         return "WRITE" in self.status
+
+    def set_status(self, word: str, on: bool) -> None:
+        """Put a word into `status`, in LVM's order, or take it out; unknown words stay behind."""
+        words = {*self.status, word} if on else {*self.status} - {word}
+        known = [each for each in LV_STATUS if each in words]
+        self.status = known + [each for each in self.status if each not in LV_STATUS]
 
     @property
     def is_snapshot_record(self) -> bool:
@@ -232,8 +256,12 @@ class LogicalVolume:
     def __str__(self) -> str:
         return f"{self.vg.name}/{self.name}"
 
+    def __repr__(self) -> str:
+        return f"<LogicalVolume {self} {self.extent_count} extents>"
 
-_NO_LVS = ("cache_mode", "discards", "policy")
+
+NOT_LV_KEYS: Final = ("cache_mode", "discards", "policy")
+"""Keys of raid, thin and cache segments whose strings are no names of LVs."""
 
 
 def _names(user: LogicalVolume, used: LogicalVolume) -> bool:
@@ -244,7 +272,7 @@ def _names(user: LogicalVolume, used: LogicalVolume) -> bool:
         for segment in user.segments
         if not segment.runnable
         for key, value in segment.extra.items()
-        if key not in _NO_LVS
+        if key not in NOT_LV_KEYS
     )
 
 
@@ -258,7 +286,7 @@ def segment_lvs(segment: Segment) -> Iterator[LogicalVolume]:
             yield lv
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class VolumeGroupMetadata:
     """A VG as one text tells it. A change is made on a copy(), which shares the devices."""
 
@@ -307,6 +335,19 @@ class VolumeGroupMetadata:
         )
         return self.extent_count - used
 
+    def new_lv(self, name: str, **fields: Any) -> LogicalVolume:  # noqa: ANN401
+        """Add an LV of this name, with a new uuid, made here and now; without segments yet."""
+        lv = LogicalVolume(
+            name=name,
+            id=new_id(),
+            vg=self,
+            creation_time=int(time.time()),
+            creation_host=os.uname().nodename,
+            **fields,
+        )
+        self.lvs.append(lv)
+        return lv
+
     @property
     def missing_pvs(self) -> list[PhysicalVolume]:
         """The PVs whose devices are not there."""
@@ -345,6 +386,9 @@ class VolumeGroupMetadata:
         for lv, copy in zip(self.lvs, new.lvs, strict=True):
             copy.segments = [_copy_segment(segment, other) for segment in lv.segments]
         return new
+
+    def __repr__(self) -> str:
+        return f"<VolumeGroupMetadata {self.name} seqno {self.seqno}>"
 
     def __deepcopy__(self, memo: object) -> VolumeGroupMetadata:
         return self.copy()

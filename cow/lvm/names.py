@@ -69,9 +69,14 @@ def is_reserved(name: str) -> bool:
     return name.startswith(RESERVED_PREFIXES) or any(part in name for part in RESERVED_PARTS)
 
 
+def is_tag(tag: str) -> bool:
+    """Tell whether `tag` can be one; "@" in front is the command line's, not the tag's."""
+    return bool(_TAG.fullmatch(tag)) and len(tag) <= MAX_TAG
+
+
 def check_tag(tag: str) -> None:
-    """Refuse what cannot be a tag; "@" in front is the command line's, not the tag's."""
-    if not _TAG.fullmatch(tag) or len(tag) > MAX_TAG:
+    """Refuse what cannot be a tag."""
+    if not is_tag(tag):
         raise RequestError(f"Invalid tag {tag}.")
 
 

@@ -1,0 +1,52 @@
+"""The devices that PVs are on: opened through a mapper, given back when they are done with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cow import _core
+from cow.mapper import Mapper
+
+
+class Devices:
+    """Devices opened by path or dm name in one mapper; one of its own if none is given.
+
+    With `readonly`, images are opened so that nothing can write to them. Closing gives back what
+    was opened here, and closes a mapper of its own.
+    """
+
+    def __init__(self, mapper: Mapper | None = None, *, readonly: bool = False) -> None:
+        self.readonly = readonly
+        self._own = mapper is None
+        self.mapper = Mapper() if mapper is None else mapper
+        self._open: dict[str, _core.BlockDevice] = {}
+
+    def open(self, path: str) -> _core.BlockDevice:
+        """Return the device, opened the first time it is asked for."""
+        if path not in self._open:
+            self._open[path] = self.mapper.use(path, readonly=self.readonly)
+        return self._open[path]
+
+    def open_all(self, paths: Iterable[str]) -> None:
+        """Open devices; one that was opened under another path is not taken twice."""
+        for path in paths:
+            if path in self._open:
+                continue
+            device = self.mapper.use(path, readonly=self.readonly)
+            if device in self._open.values():
+                self.mapper.release(device)
+            else:
+                self._open[path] = device
+
+    def items(self) -> list[tuple[str, _core.BlockDevice]]:
+        """Return (path, device) of all that are open, in the order they were opened."""
+        return list(self._open.items())
+
+    def close(self) -> None:
+        """Give the devices back."""
+        if self._own:
+            self.mapper.close()
+        else:
+            for device in self._open.values():
+                self.mapper.release(device)
+        self._open.clear()
