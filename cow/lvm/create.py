@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cow.lvm.allocation import POLICIES, PVRange, allocatable_areas, allocate
+from cow.lvm.allocation import POLICIES, PVRange, allocate
 from cow.lvm.errors import AlreadyExists, LVMError, NoSpaceError, RequestError
 from cow.lvm.metadata import MAX_EXTENTS, LogicalVolume, Segment, VolumeGroupMetadata
 from cow.lvm.names import check_lv_name, check_tag, fits, free_name
@@ -155,14 +155,15 @@ def round_to_stripes(vg: VolumeGroupMetadata, extents: int, stripes: int, report
 
 def check_room(vg: VolumeGroupMetadata, extents: int, options: LVOptions) -> None:
     """Refuse more than is free, and more stripes than PVs."""
-    areas = allocatable_areas(vg, options.ranges)
-    pvs = {each.pv for each in options.ranges} if options.ranges is not None else set(vg.pvs)
+    pvs = {each.id for each in vg.pvs}
+    if options.ranges is not None:
+        pvs &= {each.pv.id for each in options.ranges}
     if options.stripes > len(pvs) and options.policy != "anywhere":
         raise LVMError(
             f"Number of stripes ({options.stripes}) must not exceed number of physical volumes"
             f" ({len(pvs)})"
         )
-    free = sum(area.count for area in areas)
+    free = vg.free_extents
     if extents > free:
         raise NoSpaceError(
             f'Volume group "{vg.name}" has insufficient free space ({free} extents): {extents}'

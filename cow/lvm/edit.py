@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cow.lvm.allocation import PVRange, allocatable_areas, allocate, append_segment
+from cow.lvm.allocation import PVRange, allocate, append_segment
 from cow.lvm.create import Report, check_policy, set_permission
 from cow.lvm.errors import AlreadyExists, InUse, LVMError, LVNotFound, NoSpaceError, RequestError
 from cow.lvm.metadata import (
@@ -91,7 +91,6 @@ def _rename_in(segment: Segment, names: dict[str, str]) -> None:
 
 
 def extend_lv(
-    vg: VolumeGroupMetadata,
     lv: LogicalVolume,
     extents: int,
     *,
@@ -114,6 +113,8 @@ def extend_lv(
         _check_larger(old, extents)
         append_segment(lv, Segment(old, extents - old, last.type))
         return
+    if stripes is None and len({(len(s.areas), s.stripe_size) for s in lv.segments}) > 1:
+        raise LVMError("Please specify number of stripes (-i) and stripesize (-I)")
     stripes = stripes or max(len(last.areas), 1)
     if stripes > 1 and stripe_size is None:
         stripe_size = last.stripe_size or None
@@ -128,11 +129,6 @@ def extend_lv(
         )
         extents = rounded
     _check_larger(old, extents)
-    free = sum(area.count for area in allocatable_areas(vg, ranges))
-    if extents - old > free:
-        raise NoSpaceError(
-            f"Insufficient free space: {extents - old} extents needed, but only {free} available"
-        )
     allocate(
         lv,
         extents - old,
@@ -173,6 +169,8 @@ def reduce_lv(lv: LogicalVolume, extents: int, report: Report = lambda text: Non
     check_resize(lv)
     if extents < 1:
         raise LVMError(f"Unable to reduce {lv} below 1 extent.")
+    if extents == old:
+        raise LVMError(f"New size ({extents} extents) matches existing size ({old} extents).")
     rounded = _round_reduced(lv, extents)
     if rounded != extents:
         report(
@@ -222,9 +220,8 @@ def change_lv(
         old = lv.writable
         set_permission(lv, permission)
         if lv.writable is old:
-            raise LVMError(
-                f'Logical volume "{lv}" is already {"writable" if old else "read only"}.'
-            )
+            shown = f"{lv} is already writable." if old else f'"{lv}" is already read only.'
+            raise LVMError(f"Logical volume {shown}")
     if policy is not None:
         check_policy(policy)
         new_policy = None if policy == "inherit" else policy

@@ -33,6 +33,7 @@ from cow.lvm.metadata import LogicalVolume, PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.metadata_text import vg_from_text
 from cow.lvm.names import check_vg_name
 from cow.lvm.pv import PVOptions, connect_pvs, device_hint, make_pvs, new_pv, set_used
+from cow.lvm.size import display_size
 from cow.lvm.text import parse
 from cow.mapper import Mapper
 
@@ -490,14 +491,24 @@ class VolumeGroup:
         with self.change(f"lvextend {self.name}/{name}") as new:
             lv = new.lv(name)
             count = self._extents(new, extents, size)
-            edit.extend_lv(new, lv, count, report=self.report, **options)
+            edit.extend_lv(lv, count, report=self.report, **options)
+            self._report_size(lv)
         self._report_resize(name)
 
     def reduce_lv(self, name: str, *, extents: int | None = None, size: int | None = None) -> None:
         """Make a plain LV as small as `extents` or `size` bytes say; what is behind is lost."""
         with self.change(f"lvreduce {self.name}/{name}") as new:
-            edit.reduce_lv(new.lv(name), self._extents(new, extents, size), self.report)
+            lv = new.lv(name)
+            edit.reduce_lv(lv, self._extents(new, extents, size), self.report)
+            self._report_size(lv)
         self._report_resize(name)
+
+    def _report_size(self, lv: LogicalVolume) -> None:
+        sizes = [
+            f"{display_size(count * lv.vg.extent_size)} ({count} extents)"
+            for count in (self.metadata.lv(lv.name).extent_count, lv.extent_count)
+        ]
+        self.report(f"Size of logical volume {lv} changed from {sizes[0]} to {sizes[1]}.")
 
     def _report_resize(self, name: str) -> None:
         self.report(f"Logical volume {self.name}/{name} successfully resized.")
