@@ -31,6 +31,7 @@ include "core/store.pxi"        # the COW store: header, areas, reserve, commit
 include "core/settled.pxi"      # what no snapshot of an origin shares any more
 include "core/family.pxi"       # an origin with its snapshots: prepare and commit
 include "core/targets.pxi"      # map functions: what each target does with a request
+include "core/mirror.pxi"       # legs that hold the same bytes
 include "core/merge.pxi"        # moving exceptions back into the origin
 include "core/look.pxi"         # extents and views
 include "core/devices.pxi"      # Gate, Family, BlockDevice, FileDevice, MappedDevice

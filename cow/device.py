@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,8 @@ class Device(_core.MappedDevice):
             target.presuspend()
         with self.gate:
             self.set_state(suspended=True)
+        for target in self.live.targets if self.live else ():
+            target.postsuspend()
 
     def resume(self) -> None:
         """Make the inactive table live, if there is one, and let requests go on.
@@ -198,8 +201,7 @@ class Device(_core.MappedDevice):
 
     def remove(self) -> None:
         """Destroy both tables; the device is no more."""
-        for target in self.live.targets if self.live else ():
-            target.presuspend()
+        self.suspend()
         with self.gate:
             self.set_state(removed=True)
             self.set_map(None)
@@ -284,6 +286,21 @@ def _families_below(table: Table | None) -> tuple[set[_core.Family], bool]:
         if isinstance(below, Device):
             families |= below.families
     return families, plain
+
+
+def event_counts(
+    wait_event: Callable[[int, int], int], event_nr: int, timeout: float | None
+) -> Iterator[int]:
+    """Yield an event counter when it differs from `event_nr`, and ten times a second until then.
+
+    Signals are seen in between. Ends when the time is over.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = 0.1 if deadline is None else min(0.1, deadline - time.monotonic())
+        yield wait_event(event_nr, max(0, int(left * 1000)))
+        if left <= 0:
+            return
 
 
 def close_devices(table: Table) -> None:

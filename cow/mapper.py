@@ -9,13 +9,12 @@ import errno
 import functools
 import re
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cow import _core
-from cow.device import Device, DeviceInfo, close_devices
+from cow.device import Device, DeviceInfo, close_devices, event_counts
 from cow.errors import (
     DeviceBusy,
     DeviceNotFound,
@@ -27,7 +26,8 @@ from cow.errors import (
 )
 from cow.image import Image
 from cow.table import ConciseDevice, Table, format_concise, parse_concise, quote_arg
-from cow.target import NameOf, all_targets
+from cow.target import NameOf, Target, all_targets
+from cow.targets.snapshot import SnapshotTarget
 from cow.targets.snapshot_merge import SnapshotMergeTarget
 
 MAJOR = 254
@@ -37,6 +37,7 @@ DIRECTORY = "/dev/mapper/"
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T", bound=Target)
 
 
 def _locked(
@@ -308,16 +309,35 @@ class Mapper:
         TimeoutError after `timeout` seconds; ENXIO if the device goes away.
         """
         device = self.device(name)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = 0.1 if deadline is None else min(0.1, deadline - time.monotonic())
-            now = device.wait_event(event_nr, max(0, int(left * 1000)))
+        for now in event_counts(device.wait_event, event_nr, timeout):
             if now != event_nr:
                 return now
             if device.removed:
                 raise DeviceNotFound(f"{name}: the device was removed")
-            if left <= 0:
-                raise TimeoutError(f"{name}: no event after {event_nr} in {timeout} s")
+        raise TimeoutError(f"{name}: no event after {event_nr} in {timeout} s")
+
+    @property
+    def event_nr(self) -> int:
+        """How many events the devices had, all together."""
+        return self._gate.event_nr
+
+    def wait_any(self, event_nr: int, timeout: float | None = None) -> int:
+        """Wait until the count of all events differs from `event_nr`; return it.
+
+        TimeoutError after `timeout` seconds.
+        """
+        for now in event_counts(self._gate.wait_event, event_nr, timeout):
+            if now != event_nr:
+                return now
+        raise TimeoutError(f"no event after {event_nr} in {timeout} s")
+
+    @_locked
+    def set_low_water_mark(self, name: str, sectors: int) -> None:
+        """Have a snapshot raise an event, once, when less than so much of its store is free.
+
+        A store that is as full already raises it now. 0 sectors: no event.
+        """
+        self._target(name, SnapshotTarget).set_low_water_mark(sectors)
 
     def wait_merge(self, name: str, timeout: float | None = None) -> str:
         """Wait until the merge of a device is over and return its status line; no need to poll.
@@ -326,12 +346,8 @@ class Mapper:
         or neither when a suspend stopped it. TimeoutError after `timeout` seconds.
         """
         with self._lock:
-            device = self._device(name)
-            targets = device.live.targets if device.live else []
-            merges = [target for target in targets if isinstance(target, SnapshotMergeTarget)]
-            if not merges:
-                raise InvalidArgument(f"{name}: no snapshot-merge target")
-        if not merges[0].wait(timeout):
+            merge = self._target(name, SnapshotMergeTarget)
+        if not merge.wait(timeout):
             raise TimeoutError(f"{name}: still merging after {timeout} s: {self.status(name)}")
         return self.status(name)
 
@@ -397,6 +413,14 @@ class Mapper:
         if device is None:
             raise DeviceNotFound(f"{name}: no such device")
         return device
+
+    def _target(self, name: str, kind: type[T]) -> T:
+        """Return the first live target of a kind."""
+        device = self._device(name)
+        for target in device.live.targets if device.live else ():
+            if isinstance(target, kind):
+                return target
+        raise InvalidArgument(f"{name}: no {kind.name} target")
 
     def _find_device(self, name: str) -> Device | None:
         if name in self._devices:

@@ -192,7 +192,12 @@ class Table:
 
 
 def _area_is_invalid(device: _core.BlockDevice, start: int, length: int) -> str | None:
-    """Return the kernel's words for an area that a device does not have, or None."""
+    """Return the kernel's words for an area that a device does not have, or None.
+
+    A device without a live table is checked when there is one.
+    """
+    if not device.sectors:
+        return None
     if start + length > device.sectors:
         return (
             f"{device} too small for target: start={start}, len={length}, dev_size={device.sectors}"

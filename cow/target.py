@@ -87,6 +87,9 @@ class Target:
     def presuspend(self) -> None:
         """Stop what runs by itself. No lock is held."""
 
+    def postsuspend(self) -> None:
+        """Take note that no request is under way any more. No lock is held."""
+
     def release(self) -> None:
         """Let go of everything but the devices: the table is gone. No lock is held."""
 

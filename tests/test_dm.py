@@ -207,6 +207,10 @@ def test_a_device_goes_before_a_file_of_its_name(dm, tmp_path):
         ("0 8 snapshot dev P P 8", "0 8 snapshot dev /d/P P 8"),
         ("0 8 striped 2 8 x 0 y 0", "0 8 striped 2 8 /d/x 0 /d/y 0"),
         ("0 8 delay x 0 10 y 0 20", "0 8 delay /d/x 0 10 /d/y 0 20"),
+        ("0 8 mirror core 1 2 2 x 0 y 0 1 z", "0 8 mirror core 1 2 2 /d/x 0 /d/y 0 1 z"),
+        ("0 8 mirror disk 2 l 2 1 x 0 y 0", "0 8 mirror disk 2 /d/l 2 1 /d/x 0 y 0"),
+        ("0 8 mirror disk 9", "0 8 mirror disk 9"),
+        ("0 8 mirror", "0 8 mirror"),
         ("0 8 zero # x", "0 8 zero # x"),
         ("0 8 linear x 0 # x", "0 8 linear /d/x 0 # x"),
         ("# 0 8 linear x 0", "# 0 8 linear x 0"),
@@ -222,7 +226,7 @@ def test_paths_of_a_table_are_made_absolute(line, expected):
 
 def test_every_target_that_opens_devices_is_known_to_the_client(dm):
     served = {line.split()[0] for line in dm.out("targets").splitlines()}
-    assert served - {"zero", "error"} <= set(DEVICE_ARGS)
+    assert served - {"zero", "error", "mirror"} <= set(DEVICE_ARGS)
 
 
 def test_json(dm, images):

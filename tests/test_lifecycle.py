@@ -729,3 +729,96 @@ def test_an_image_is_free_once_its_device_is_removed(dm, tmp_path):
     dm.remove("dev")
     with cow.Mapper(durability="process") as other:
         assert other.create("dev", f"0 8 linear {path} 0").sectors == 8
+
+
+# --- events of a filling store, of all devices --------------------------------------------------
+
+
+def test_a_store_below_its_low_water_mark_raises_one_event(dm, tmp_path):
+    rig = Rig(dm, tmp_path)
+    rig.snap(cow_sectors=128)
+    dm.set_low_water_mark("snap", 65)
+    for chunk in range(5):
+        rig.write("base", 8 * chunk)
+    assert (rig.usage(), dm.events("snap")) == ("56/128 16", 0)
+    rig.write("base", 40)
+    assert (rig.usage(), dm.events("snap")) == ("64/128 16", 1)
+    rig.write("base", 48)
+    assert dm.events("snap") == 1
+
+
+def test_a_store_that_is_below_its_low_water_mark_already_raises_the_event_at_once(dm, tmp_path):
+    rig = Rig(dm, tmp_path)
+    rig.snap(cow_sectors=128)
+    dm.set_low_water_mark("snap", 113)
+    assert dm.events("snap") == 1
+
+
+def test_waiting_for_any_event_ends_with_the_event_of_any_device(dm, tmp_path):
+    rig = Rig(dm, tmp_path)
+    rig.snap(cow_sectors=24)
+    before = dm.event_nr
+    with pytest.raises(TimeoutError):
+        dm.wait_any(before, timeout=0)
+    rig.write("base", 0)
+    rig.write("base", 8)
+    assert dm.wait_any(before, timeout=60) == before + 1
+    assert dm.status("snap").endswith("Invalid")
+
+
+# --- read-only ----------------------------------------------------------------------------------
+
+
+def read_only(dm: cow.Mapper, path: str) -> str:
+    dm.image(path, readonly=True)
+    return path
+
+
+def test_a_fresh_store_on_a_read_only_device_stays_fresh(dm, tmp_path):
+    origin = read_only(dm, image(tmp_path / "origin.img", stamp(0, 2048, 1)))
+    store = read_only(dm, image(tmp_path / "store.img", 2048))
+    dm.create("cow", f"0 2048 linear {store} 0", readonly=True)
+    snap = dm.create("snap", f"0 2048 snapshot {origin} cow P 8", readonly=True)
+    assert snap.pread(2048 * SECTOR, 0) == stamp(0, 2048, 1)
+    dm.remove_all()
+    assert Path(store).read_bytes() == bytes(2048 * SECTOR)
+
+
+def test_a_read_only_merge_shows_what_it_will_give_and_changes_nothing(dm, tmp_path):
+    rig = Rig(dm, tmp_path)
+    rig.snap()
+    rig.write("snap", 96, 24, 5)
+    expected = rig.read("snap")
+    dm.remove_all()
+    images = [rig.origin, rig.cows["snap"]]
+    before = [Path(path).read_bytes() for path in images]
+    with cow.Mapper() as other:
+        other.image(images[0], readonly=True)
+        other.create("cow", f"0 2048 linear {read_only(other, images[1])} 0", readonly=True)
+        other.create("real", f"0 2048 linear {images[0]} 0", readonly=True)
+        merged = other.create("base", "0 2048 snapshot-merge real cow P 8", readonly=True)
+        assert merged.pread(2048 * SECTOR, 0) == expected
+        assert other.wait_merge("base").endswith(" 40/2048 16")
+    assert [Path(path).read_bytes() for path in images] == before
+
+
+def test_a_table_may_name_a_device_that_is_not_live_yet(dm, tmp_path):
+    path = image(tmp_path / "a.img", stamp(0, 2048, 1))
+    dm.create("low")
+    dm.load("low", f"0 2048 linear {path} 0")
+    dm.create("high")
+    dm.load("high", "0 2048 snapshot-origin low")
+    dm.resume("low")
+    dm.resume("high")
+    assert dm.device("high").pread(2048 * SECTOR, 0) == stamp(0, 2048, 1)
+
+
+def test_a_table_that_does_not_fit_its_device_is_refused_when_it_goes_live(dm, tmp_path):
+    path = image(tmp_path / "a.img", 1024)
+    dm.create("low")
+    dm.create("high")
+    dm.load("high", "0 2048 linear low 0")
+    dm.load("low", f"0 1024 linear {path} 0")
+    dm.resume("low")
+    with pytest.raises(cow.TableError, match="low too small for target"):
+        dm.resume("high")

@@ -76,9 +76,11 @@ cdef class Gate:
     def __cinit__(self, bint power):
         port_rwlock_init(&self.g.lock)
         port_event_init(&self.g.changes)
+        port_event_init(&self.g.events)
         self.g.power = power
 
     def __dealloc__(self):
+        port_event_destroy(&self.g.events)
         port_event_destroy(&self.g.changes)
         port_rwlock_destroy(&self.g.lock)
 
@@ -86,6 +88,22 @@ cdef class Gate:
     def power(self):
         """Whether barriers reach the disk (durability "power")."""
         return self.g.power
+
+    @property
+    def event_nr(self):
+        """How many events the devices of the mapper had, all together."""
+        return port_event_count(&self.g.events)
+
+    def raise_event(self):
+        """Count an event that is no device's and wake who waits."""
+        port_event_raise(&self.g.events)
+
+    def wait_event(self, uint64_t event_nr, long milliseconds):
+        """Wait until the count differs from `event_nr`, or so long; return the count."""
+        cdef uint64_t now
+        with nogil:
+            now = port_event_wait(&self.g.events, event_nr, milliseconds)
+        return now
 
     def __enter__(self):
         with nogil:
@@ -187,6 +205,11 @@ cdef class BlockDevice:
             self.own_family = Family(self)
             self.d.family = &self.own_family.f
         return self.own_family
+
+    @property
+    def readonly(self):
+        """Whether writes are refused with EPERM."""
+        return not self.d.writable
 
     @property
     def removed(self):
@@ -574,11 +597,6 @@ cdef class FileDevice(BlockDevice):
         """Whether the file has holes or grows on demand."""
         return bool(port_load32(&self.d.sparse))
 
-    @property
-    def readonly(self):
-        """Whether writes are refused with EPERM."""
-        return not self.d.writable
-
     cdef FileDevice image_of(self, void *image):
         return self
 
@@ -659,18 +677,13 @@ cdef class MappedDevice(BlockDevice):
         return self.d.suspended
 
     @property
-    def readonly(self):
-        """Whether writes are refused with EPERM."""
-        return not self.d.writable
-
-    @property
     def event_nr(self):
-        """How many events there were: invalidations, renames, a uuid set."""
+        """How many events there were: invalidations, a leg that failed, renames, a uuid set."""
         return port_event_count(&self.d.events)
 
     def raise_event(self):
         """Count an event and wake who waits."""
-        port_event_raise(&self.d.events)
+        device_event(&self.d)
 
     def wait_event(self, uint64_t event_nr, uint64_t milliseconds):
         """Wait until the event counter differs from `event_nr`, or so long; return the counter."""

@@ -225,12 +225,25 @@ cdef int snapshot_copy_out(snapshot *s, uint64_t chunk, uint64_t last, bint *wai
         rc = copy_device(s.origin, offset, st.cow, new_chunk << st.chunk_shift,
                          min(n << st.chunk_shift, s.origin.size - offset), COPY_FRESH)
         if rc == 0:
-            rc = store_take(st, chunk, new_chunk, n)
+            rc = snapshot_take(s, chunk, new_chunk, n)
         if rc:
             return rc
         waits[0] = True
         chunk += n
     return 0
+
+
+cdef int snapshot_take(
+    snapshot *s, uint64_t old_chunk, uint64_t first, uint64_t count
+) noexcept nogil:
+    """Take chunks of the store, and tell the owner when few are left."""
+    cdef store *st = s.store
+    cdef int rc = store_take(st, old_chunk, first, count)
+    if rc == 0 and store_free_bytes(st) < port_load64(&st.low_water_mark):
+        port_store64(&st.low_water_mark, 0)
+        if s.owner != NULL:
+            device_event(s.owner)
+    return rc
 
 
 cdef int snapshot_prepare(snapshot *s, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
@@ -281,7 +294,7 @@ cdef int snapshot_prepare(snapshot *s, bio *b, uint64_t offset, uint64_t length)
                 rc = BIO_FULL
                 break
             if rc == 0:
-                rc = store_take(st, chunk, new_chunk, count)
+                rc = snapshot_take(s, chunk, new_chunk, count)
             if rc < 0:
                 rc = snapshot_invalidate(s)
                 rc = rc if rc else -EIO
@@ -311,7 +324,7 @@ cdef int snapshot_invalidate(snapshot *s) noexcept nogil:
         return BIO_SUSPENDED
     port_store32(&st.valid, 0)
     if s.owner != NULL:
-        port_event_raise(&s.owner.events)
+        device_event(s.owner)
     return 0
 
 

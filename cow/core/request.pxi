@@ -40,6 +40,12 @@ cdef int device_map(device *d, bio *b, uint64_t offset, uint64_t length) noexcep
         low += 1
 
 
+cdef inline void device_event(device *d) noexcept nogil:
+    """Count an event of a device, and of its mapper, and wake who waits."""
+    port_event_raise(&d.events)
+    port_event_raise(&d.gate.events)
+
+
 cdef inline void lock_maps(device *d) noexcept nogil:
     cdef int i
     for i in range(d.nr_locks):

@@ -123,6 +123,15 @@ cdef class ExceptionStore:
         return bool(port_load32(&self.st.overflowed))
 
     @property
+    def low_water_mark(self):
+        """Sectors: with less than that free the snapshot's device has an event, once; then 0."""
+        return port_load64(&self.st.low_water_mark) // SECTOR
+
+    @low_water_mark.setter
+    def low_water_mark(self, uint64_t sectors):
+        port_store64(&self.st.low_water_mark, sectors * SECTOR)
+
+    @property
     def nr_exceptions(self):
         """Exceptions held, pending ones included."""
         return self.st.exceptions.count

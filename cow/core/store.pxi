@@ -246,6 +246,12 @@ cdef int store_take(store *st, uint64_t old_chunk, uint64_t first, uint64_t coun
     return 0
 
 
+cdef inline uint64_t store_free_bytes(store *st) noexcept nogil:
+    """Return how much of the COW device no chunk was taken of."""
+    cdef uint64_t taken = port_load64(&st.next_free) << st.chunk_shift
+    return st.cow.size - taken if taken < st.cow.size else 0
+
+
 cdef int store_commit(store *st) noexcept nogil:
     """Write the records of `committing`, whose data is in place; first what they need.
 

@@ -75,6 +75,77 @@ cdef class Striped(TargetMap):
 
 
 @cython.final
+cdef class Mirror(TargetMap):
+    """The same bytes on several (device, start sector) legs, kept track of in regions of sectors.
+
+    `events`: the device has an event whenever a leg fails in a new way.
+    """
+
+    FAILED_READ = LEG_READ
+    FAILED_WRITE = LEG_WRITE
+    FAILED_FLUSH = LEG_FLUSH
+
+    cdef mirror m
+    cdef BlockDevice owner
+    cdef bint events
+
+    def __init__(self, start, length, uint64_t region_size, legs, *, bint events):
+        cdef BlockDevice dev
+        cdef uint64_t dev_start
+        cdef int i
+        self.devices = tuple([each[0] for each in legs])
+        self.events = events
+        self.t.map = mirror_map
+        self.t.mirror = &self.m
+        self.m.region_size = region_size * SECTOR
+        self.m.nr_regions = (self.t.length + self.m.region_size - 1) // self.m.region_size
+        self.m.out_of_sync = <uint64_t *>calloc(self.m.nr_regions // 64 + 1, sizeof(uint64_t))
+        self.m.legs = <leg *>calloc(<size_t>len(legs), sizeof(leg))
+        if self.m.legs == NULL or self.m.out_of_sync == NULL:
+            raise MemoryError
+        self.m.nr_legs = <int>len(legs)
+        for i in range(self.m.nr_legs):
+            dev, dev_start = legs[i]
+            self.m.legs[i].dev = &dev.d
+            self.m.legs[i].start = dev_start * SECTOR
+
+    def __dealloc__(self):
+        free(self.m.legs)
+        free(self.m.out_of_sync)
+
+    def activate(self, BlockDevice owner not None):
+        """Name the device that has the events, and trust every leg again. Gate held exclusively."""
+        cdef int i
+        self.owner = owner
+        self.m.owner = &owner.d if self.events else NULL
+        for i in range(self.m.nr_legs):
+            self.m.legs[i].failed = 0
+
+    @property
+    def failed(self):
+        """The FAILED_ bits of each leg."""
+        return [port_load32(&self.m.legs[i].failed) for i in range(self.m.nr_legs)]
+
+    @property
+    def in_sync(self):
+        """A byte for each region: 1 where all legs hold the same, as far as is known."""
+        cdef bytearray result = bytearray(self.m.nr_regions)
+        cdef uint64_t i
+        for i in range(self.m.nr_regions):
+            result[i] = 1 - (port_load64(&self.m.out_of_sync[i // 64]) >> (i % 64) & 1)
+        return result
+
+    @in_sync.setter
+    def in_sync(self, const uint8_t[::1] regions):
+        cdef uint64_t i
+        for i in range(min(self.m.nr_regions, <uint64_t>regions.shape[0])):
+            if regions[i]:
+                self.m.out_of_sync[i // 64] &= ~(<uint64_t>1 << (i % 64))
+            else:
+                self.m.out_of_sync[i // 64] |= <uint64_t>1 << (i % 64)
+
+
+@cython.final
 cdef class Zero(TargetMap):
     """Reads zeros, forgets writes."""
 

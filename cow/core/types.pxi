@@ -158,6 +158,7 @@ ctypedef int (*map_fn)(target *t, bio *b, uint64_t offset, uint64_t length) noex
 cdef struct gate:
     port_rwlock lock
     port_event changes              # counted up after every exclusive holder
+    port_event events               # of all devices
     bint power                      # durability "power": barriers are flushed
 
 # One pass over one range of a device. Targets cut and redirect it; what arrives at an image, run
@@ -215,6 +216,25 @@ cdef struct stripe:
     device *dev
     uint64_t start
 
+# The kinds of errors a leg of a mirror had; one that failed is not read any more.
+cdef enum:
+    LEG_READ = 1
+    LEG_WRITE = 2
+    LEG_FLUSH = 4
+
+cdef struct leg:
+    device *dev
+    uint64_t start
+    uint32_t failed                 # LEG_ bits
+
+cdef struct mirror:
+    int nr_legs
+    leg *legs
+    uint64_t region_size            # bytes
+    uint64_t nr_regions
+    uint64_t *out_of_sync           # a bit for each region whose legs may differ
+    device *owner                   # told when a leg fails; NULL where errors are not handled
+
 cdef struct target:
     map_fn map
     uint64_t start
@@ -225,6 +245,7 @@ cdef struct target:
     uint64_t nr_stripes
     stripe *stripes
     snapshot *snapshot
+    mirror *mirror
     void *object                    # filter: the Python object
 
 cdef struct exception_table:
@@ -259,6 +280,7 @@ cdef struct store:
     uint64_t next_free              # guarded by the prepare mutex, as `pending`
     uint64_t reserved               # chunks below have their pages
     uint64_t reserve_step
+    uint64_t low_water_mark         # bytes: with less than that free the owner is told, once
     bint tail_dirty                 # something lies behind the last record: zero it first
     bint recorded                   # `committing` is on disk; guarded by the commit mutex
     records pending                 # prepared, in order of allocation

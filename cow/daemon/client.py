@@ -120,7 +120,7 @@ DEVICE_ARGS: dict[str, slice] = {
     "snapshot-origin": slice(0, 1),
     "striped": slice(2, None, 2),
 }
-"""Which arguments of a target name devices."""
+"""Which arguments of a target name devices; those of a mirror have no fixed place."""
 
 WORD = re.compile(r"(?:\\[\s\\]|\S)+")
 
@@ -142,6 +142,8 @@ def _absolute_line(line: str, directory: str, is_device: Callable[[str], bool]) 
     words = list(WORD.finditer(line, found.end(), len(line) if comment < 0 else comment))
     if found[1] in DEVICE_ARGS:
         words = words[DEVICE_ARGS[found[1]]]
+    elif found[1] == "mirror":
+        words = _mirror_devices(words)
     else:
         words = [word for word in words if "/" in word[0]]
     for word in reversed(words):
@@ -151,3 +153,12 @@ def _absolute_line(line: str, directory: str, is_device: Callable[[str], bool]) 
         path = re.sub(r"([\s\\])", r"\\\1", os.path.join(directory, name.removeprefix("./")))
         line = line[: word.start()] + path + line[word.end() :]
     return line
+
+
+def _mirror_devices(words: list[re.Match[str]]) -> list[re.Match[str]]:
+    """Return the log device and the legs among the arguments of a mirror."""
+    numbers = [int(word[0]) if re.fullmatch("[0-9]{1,5}", word[0]) else 0 for word in words]
+    legs = 2 + numbers[1] if len(words) > 1 else 0
+    count = numbers[legs] if legs < len(words) else 0
+    log = words[2:3] if words and words[0][0] == "disk" else []
+    return [*log, *words[legs + 1 : legs + 1 + 2 * count : 2]]

@@ -55,7 +55,8 @@ class SnapshotTarget(Target):
             "Cannot get origin device",
             writable=self.merging or "discard_passdown_origin" in self.features,
         )
-        # Written even where the table is read-only: copies for origin writes, a fresh header.
+        # Written even where the table is read-only: copies for origin writes, a fresh header. On
+        # a read-only device nothing is: there a fresh store stays as it is.
         self.cow = open_device(context, args[1], "Cannot get COW device", writable=True)
         if self.cow is self.origin:
             raise TargetError("COW device cannot be the same as origin device")
@@ -95,6 +96,14 @@ class SnapshotTarget(Target):
             and self.cow.plain
             and self.origin.supports_discard
         )
+
+    def set_low_water_mark(self, sectors: int) -> None:
+        """Raise an event, once, when less than so much of the store is free: now, or later."""
+        allocated, total, _ = self.map.store.usage
+        self.map.store.low_water_mark = sectors
+        if total - allocated < sectors:
+            self.map.store.low_water_mark = 0
+            self.device.raise_event()
 
     # Two tables with the same origin and the same COW device: the one that is active is the source,
     # the one that is not is the destination of a handover.
@@ -258,7 +267,8 @@ def _read_persistent(store_: _core.ExceptionStore, chunk_size: int, origin_size:
     header = store.read_header(store_)
     if header is None:
         store_.configure(provisional, origin_size)
-        store_.format()
+        if not cow.readonly:
+            store_.format()
         return
     if chunk_size and header.chunk_size != chunk_size:
         log.warning(

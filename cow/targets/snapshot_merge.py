@@ -15,6 +15,7 @@ log = logging.getLogger("cow")
 class SnapshotMergeTarget(SnapshotTarget):
     """Merges by itself from resume on, until all is merged or a step fails.
 
+    With a read-only table it merges nothing, and shows what merging will give.
     There is no event at the end, as in the kernel: allocated equals metadata then.
     """
 
@@ -25,8 +26,9 @@ class SnapshotMergeTarget(SnapshotTarget):
 
     def resume(self) -> None:
         super().resume()
-        self._worker = _Worker(self.map)
-        self._worker.start()
+        if not self.device.readonly:
+            self._worker = _Worker(self.map)
+            self._worker.start()
 
     def presuspend(self) -> None:
         if self._worker is not None:
