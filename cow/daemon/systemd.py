@@ -43,9 +43,11 @@ def _socket(descriptor: int) -> socket.socket:
     try:
         os.set_inheritable(descriptor, False)
         found = socket.socket(fileno=descriptor)
-        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
         raise InvalidArgument(f"LISTEN_FDS: {descriptor}: {error.strerror}", error.errno) from error
-    if found.type != socket.SOCK_STREAM or not listens:
-        raise InvalidArgument(f"LISTEN_FDS: {descriptor} is no stream socket that listens")
-    return found
+    if found.type == socket.SOCK_STREAM and found.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
+        return found
+    found.close()
+    raise InvalidArgument(f"LISTEN_FDS: {descriptor} is no stream socket that listens")
