@@ -12,6 +12,7 @@ from support import SECTOR, Rig, fill, image, stamp, store_bytes
 
 import cow
 import cow.store
+from cow import _core
 from cow.table import parse_concise
 
 
@@ -391,7 +392,169 @@ def test_an_exception_is_looked_up_in_a_batch(rig):
     assert found.tolist() == [2**64 - 1, 2, 2**64 - 1]
 
 
+def test_a_chunk_the_origin_does_not_have_has_no_exception(rig):
+    snap = rig.snap("snap", "P 8")
+    assert snap.live.targets[0].map.lookup_many([1 << 40]).tolist() == [2**64 - 1]
+
+
+def test_a_snapshot_of_16_tib_takes_writes_at_both_ends(dm, tmp_path):
+    sectors = 16 << 31
+    store = image(tmp_path / "s.cow", 256)
+    dm.create("real", f"0 {sectors} zero")
+    snap = dm.create("snap", f"0 {sectors} snapshot real {store} N 8")
+    base = dm.create("base", f"0 {sectors} snapshot-origin real")
+    for sector in (0, sectors - 8):
+        snap.pwrite(stamp(sector, 8, 1), sector * SECTOR)
+        base.pwrite(stamp(sector, 8, 2), sector * SECTOR)
+        assert snap.pread(8 * SECTOR, sector * SECTOR) == stamp(sector, 8, 1)
+    assert dm.status("snap").endswith(" 16/256 0")
+
+
+def test_an_origin_that_became_shorter_fails_writes_behind_its_end(rig):
+    rig.snap("snap", "P 8")
+    rig.dm.load("base-real", f"0 256 linear {rig.origin} 0")
+    rig.dm.resume("base-real")
+    refusal(errno.EIO, rig.dm.device("base").pwrite, bytes(SECTOR), 300 * SECTOR)
+    rig.write("base", 0, 8)
+    assert rig.usage() == "24/2048 16"
+    assert rig.read("snap", 0, 256) == rig.before[: 256 * SECTOR]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_an_overflowed_snapshot_takes_no_writes(rig, batch):
+    snap = rig.snap("snap", "PO 8", cow_sectors=24)
+    rig.write("snap", 0)
+    refusal(errno.EIO, rig.write, "snap", 8)
+    assert rig.usage() == "Overflow"
+    for sector in (0, 8):
+        data = stamp(sector, 8, 9)
+        rows = np.frombuffer(data, np.uint8).reshape(1, -1)
+        if batch:
+            refusal(errno.EIO, snap.write_many, [sector * SECTOR], rows)
+        else:
+            refusal(errno.EIO, snap.pwrite, data, sector * SECTOR)
+    assert rig.read("snap") == stamp(0, 8, 1) + rig.before[8 * SECTOR :]
+
+
+def test_a_striped_leg_that_fails_fails_only_its_chunks(dm, tmp_path):
+    path = image(tmp_path / "b.img", stamp(0, 32, 1))
+    dm.create("bad", "0 32 error")
+    device = dm.create("x", f"0 64 striped 2 8 {path} 0 bad 0")
+    assert device.pread(8 * SECTOR, 16 * SECTOR) == stamp(8, 8, 1)
+    refusal(errno.EIO, device.pread, 16 * SECTOR, 0)
+    refusal(errno.EIO, device.pread, SECTOR, 8 * SECTOR)
+
+
+def test_a_discard_that_fails_below_is_an_error(dm, tmp_path):
+    path = image(tmp_path / "b.img", stamp(0, 64, 1))
+    store = image(tmp_path / "s.cow", 256)
+    dm.create("cow", f"0 256 linear {store} 0")
+    words = "P 8 1 discard_zeroes_cow"
+    snap = dm.create("snap", f"0 64 snapshot {path} cow {words}")
+    snap.pwrite(bytes(16 * SECTOR), 0)
+    dm.load("cow", "0 256 error")
+    dm.resume("cow")
+    refusal(errno.EIO, snap.discard, 0, 16 * SECTOR)
+
+
+def test_a_read_only_origin_takes_no_discards_of_its_snapshot(dm, tmp_path):
+    """A snapshot opens its origin for writing only to pass discards down."""
+    path = image(tmp_path / "b.img", stamp(0, 64, 1))
+    store = image(tmp_path / "s.cow", 256)
+    dm.create("ro", f"0 64 linear {path} 0", readonly=True)
+    words = "P 8 2 discard_zeroes_cow discard_passdown_origin"
+    try:
+        snap = dm.create("snap", f"0 64 snapshot ro {store} {words}")
+    except OSError as error:
+        assert error.errno in (errno.EACCES, errno.EROFS)  # noqa: PT017
+    else:
+        refusal(errno.EPERM, snap.discard, 0, 8 * SECTOR)
+    assert Path(path).read_bytes() == stamp(0, 64, 1)
+
+
+def test_a_growing_image_cut_short_fails_reads_up_to_where_it_ends(dm, tmp_path):
+    path = image(tmp_path / "b.img", stamp(0, 16, 1))
+    dm.image(path, size=1 << 20)
+    device = dm.create("x", f"0 2048 linear {path} 0")
+    assert device.pread(32 * SECTOR, 0) == stamp(0, 16, 1) + bytes(16 * SECTOR)
+    os.truncate(path, 0)
+    refusal(errno.EIO, device.pread, 32 * SECTOR, 0)
+
+
+def test_an_image_can_be_viewed_without_a_device(dm, tmp_path):
+    whole = dm.image(image(tmp_path / "b.img", stamp(0, 16, 1)))
+    assert bytes(whole.view(SECTOR, 2 * SECTOR)) == stamp(1, 2, 1)
+
+
+def test_a_view_finds_its_image_behind_a_device_that_has_another(dm, tmp_path):
+    for name in ("one", "two"):
+        path = image(tmp_path / f"{name}.img", stamp(0, 16, ord(name[0])))
+        dm.create(name, f"0 16 linear {path} 0")
+    device = dm.create("x", "0 16 linear one 0\n16 16 linear two 0")
+    assert bytes(device.view(20 * SECTOR, SECTOR)) == stamp(4, 1, ord("t"))
+
+
+def test_a_filter_that_says_nothing_lets_everything_pass(dm, tmp_path):
+    low = dm.image(image(tmp_path / "b.img", stamp(0, 16, 1)))
+    target = _core.FilterTarget(0, 16, low, 0)
+    assert target.start("read", 0, SECTOR) == target.PASS
+    data = bytearray(stamp(0, 1, 1))
+    target.mangle("read", 0, memoryview(data))
+    assert data == stamp(0, 1, 1)
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def test_a_merge_of_many_large_chunks_loses_nothing(dm, tmp_path):
+    """More bytes than a step takes, in runs of all lengths, all recorded in one area."""
+    sectors, chunk = 3 << 15, 64
+    rig = Rig(dm, tmp_path, sectors=sectors)
+    rig.snap("snap", f"P {chunk}", cow_sectors=sectors + 1024)
+    rig.snap("other", "P 128", cow_sectors=sectors + 1024)
+    at = 0
+    for length in (100, 1, 40, 90, 130, 2, 7, 64, 128, 63):
+        rig.write("snap", at * chunk, length * chunk, tag=length)
+        at += length + 1
+    moment = rig.read("snap")
+    rig.merge("snap")
+    assert rig.read("base") == rig.read("base-real") == moment
+    assert rig.read("other") == rig.before
+
+
+def test_writes_across_what_is_being_merged_are_all_there(dm, tmp_path):
+    """A run longer than a step: parts of it are merged, are being merged, and are still to come."""
+    sectors, chunk = 6 << 13, 64
+    rig = Rig(dm, tmp_path, sectors=sectors)
+    rig.snap("snap", f"P {chunk}", cow_sectors=sectors + 1024)
+    rig.snap("other", "P 128", cow_sectors=sectors + 1024)
+    # The first chunk has no exception; the sibling needs it still.
+    rig.write("snap", chunk, sectors - chunk, tag=1)
+    rig.dm.remove("snap")
+    rig.dm.create("slow", f"0 {sectors + 1024} delay {rig.cows['snap']} 0 4")
+    rig.dm.load("base", f"0 {sectors} snapshot-merge base-real slow P {chunk}")
+    rig.dm.resume("base")
+    rig.write("base", 0, sectors, tag=2)
+    assert rig.dm.wait_merge("base", timeout=60).endswith(f" 128/{sectors + 1024} 128")
+    assert rig.read("base") == rig.read("base-real") == stamp(0, sectors, 2)
+    assert rig.read("other") == rig.before
+
+
+def test_an_invalid_store_has_nothing_to_merge(rig):
+    rig.snap("snap", "P 8")
+    rig.write("snap", 0)
+    target = rig.dm.device("snap").live.targets[0].map
+    target.store.valid = False
+    assert target.merge() is False
+    assert rig.read("base") == rig.before
+
+
 # --- the mapper -----------------------------------------------------------------------------------
+
+
+def test_a_device_without_a_table_has_nothing_to_flush(dm):
+    dm.create("empty")
+    assert dm.device("empty").flush() is None
 
 
 def test_messages_nobody_takes_are_refused(dm):

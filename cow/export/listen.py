@@ -7,6 +7,7 @@ import ipaddress
 import os
 import select
 import socket
+import stat
 
 from cow.errors import InvalidArgument
 
@@ -102,7 +103,9 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def _is_stale(path: str) -> bool:
-    """Tell whether a socket is left over from a process that is gone."""
+    """Tell whether a path is a socket left over from a process that is gone."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False  # connecting to a file is refused too
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
