@@ -98,11 +98,11 @@ cdef class Gate:
         """Count an event that is no device's and wake who waits."""
         port_event_raise(&self.g.events)
 
-    def wait_event(self, uint64_t event_nr, long milliseconds):
+    def wait_event(self, uint64_t event_nr, uint64_t milliseconds):
         """Wait until the count differs from `event_nr`, or so long; return the count."""
         cdef uint64_t now
         with nogil:
-            now = port_event_wait(&self.g.events, event_nr, milliseconds)
+            now = port_event_wait(&self.g.events, event_nr, 1000 * milliseconds)
         return now
 
     def __enter__(self):

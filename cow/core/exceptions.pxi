@@ -46,7 +46,6 @@ cdef int exception_table_extend(exception_table *e, uint64_t nr_chunks) noexcept
     memcpy(longer.directory, e.directory, e.directory_size)
     memcpy(longer.leaves, e.leaves, (<size_t>e.nr_leaves << LEAF_SHIFT) * sizeof(uint64_t))
     longer.nr_leaves = e.nr_leaves
-    longer.count = e.count
     exception_table_free(e)
     e[0] = longer
     return 0
@@ -82,18 +81,10 @@ cdef inline uint64_t entry_chunk(uint64_t entry) noexcept nogil:
 cdef void exception_set(exception_table *e, uint64_t chunk, uint64_t entry) noexcept nogil:
     """Write the entry of `chunk`, which is below nr_chunks."""
     cdef uint32_t *leaf = &e.directory[chunk >> LEAF_SHIFT]
-    cdef uint64_t *slot
     if leaf[0] == 0:
-        if entry == 0:
-            return
         port_store32(leaf, e.nr_leaves)
         e.nr_leaves += 1
-    slot = exception_slot(e, chunk)
-    if slot[0] == 0 and entry != 0:
-        e.count += 1
-    elif slot[0] != 0 and entry == 0:
-        e.count -= 1
-    port_store64(slot, entry)
+    port_store64(exception_slot(e, chunk), entry)
 
 
 cdef inline uint64_t exception_run(

@@ -112,10 +112,11 @@ cdef int image_map(device *image, bio *b, uint64_t offset, uint64_t length) noex
 
 
 cdef int image_grow(device *image, uint64_t file_size) noexcept nogil:
-    """Make a growing image's file reach `file_size`, which is at most its device size."""
+    """Make a growing image's file reach `file_size`, which is at most its device size.
+
+    Only writable images grow.
+    """
     cdef int rc = 0
-    if not image.writable:
-        return -EPERM
     pthread_mutex_lock(&image.grow_mutex)
     if lseek(image.fd, 0, 2) < <int64_t>image.file_size:
         rc = -EIO                   # cut short: what is lost must not come back as a hole

@@ -132,11 +132,6 @@ cdef class ExceptionStore:
         port_store64(&self.st.low_water_mark, sectors * SECTOR)
 
     @property
-    def nr_exceptions(self):
-        """Exceptions held, pending ones included."""
-        return self.st.exceptions.count
-
-    @property
     def usage(self):
         """(allocated, total, metadata) in sectors, as the status line prints them."""
         cdef uint64_t chunk = chunk_bytes(&self.st) // SECTOR if self.st.chunk_shift else 0

@@ -38,8 +38,6 @@ cdef int origin_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcep
     cdef int rc
     if b.op == DISCARD:
         return -EOPNOTSUPP
-    if b.op == RESERVE:
-        return b.emit(b, NULL, 0, length)
     if b.op == WRITE:
         n = family_private(f, offset, length)
         rc = device_map(t.dev, b, offset, n) if n else 0
@@ -60,8 +58,6 @@ cdef int snapshot_map(target *t, bio *b, uint64_t offset, uint64_t length) noexc
         return device_map(st.cow, b, 0, st.cow.size)
     if not port_load32(&st.valid):
         return -EIO
-    if b.op == RESERVE:
-        return b.emit(b, NULL, 0, length)
     if b.op == PREPARE:
         return snapshot_prepare(s, b, offset, length)
     if b.op in (WRITE, DISCARD) and port_load32(&st.overflowed):
@@ -150,8 +146,6 @@ cdef int merge_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcept
     if b.op == FLUSH:
         rc = device_map(s.origin, b, 0, s.origin.size)
         return rc if rc else device_map(st.cow, b, 0, st.cow.size)
-    if b.op == RESERVE:
-        return b.emit(b, NULL, 0, length)
     if b.op == DISCARD:
         if not s.discard_zeroes_cow:
             return -EOPNOTSUPP
@@ -197,7 +191,7 @@ cdef int filter_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcep
     cdef uint8_t *bounce
     cdef bio inner
     cdef int rc
-    if b.op in (PREPARE, RESERVE, EXTENTS) or b.emit == emit_prefetch:
+    if b.op in (PREPARE, EXTENTS) or b.emit == emit_prefetch:
         return device_map(t.dev, b, below, length)
     rc = filter_ask(t, b.op, offset, length)
     if rc < 0:

@@ -100,7 +100,7 @@ cdef enum:
     DISCARD
     FLUSH
     EXTENTS
-    RESERVE                         # map the pages of the range beforehand
+    RESERVE                         # map the pages of the range beforehand; of plain devices only
 
 # How bytes are copied. Whoever asks for COPY_STREAM ends the stream.
 cdef enum:
@@ -250,7 +250,6 @@ cdef struct target:
 
 cdef struct exception_table:
     uint64_t nr_chunks
-    uint64_t count
     uint32_t nr_leaves              # leaf 0 is shared by all that hold nothing, and stays zero
     uint32_t *directory             # leaf number of each 64 chunks
     uint64_t *leaves
