@@ -25,6 +25,9 @@ from cow.image import Image
 from cow.table import Table
 from cow.units import SECTOR_SIZE
 
+MAX_NAME = 127
+MAX_UUID = 128
+
 
 @dataclass(frozen=True)
 class DeviceInfo:
@@ -380,3 +383,32 @@ class DeviceFile(io.RawIOBase):
             super().close()
             self.device.files -= 1
             self.device.closed()
+
+
+def _encoded_size(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{text!r}: not to be encoded in UTF-8") from error
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a dm name."""
+    if not name:
+        raise InvalidArgument("Non empty new name is required.")
+    if "/" in name:
+        raise InvalidArgument(f'Name "{name}" invalid. It contains "/".')
+    if _encoded_size(name) > MAX_NAME:
+        raise InvalidArgument(f'Name "{name}" too long: at most {MAX_NAME} bytes.')
+    if name in ("control", ".", ".."):
+        raise InvalidArgument(f'Name "{name}" is reserved.')
+
+
+def check_uuid(uuid: str | None) -> None:
+    """Refuse what cannot be a dm uuid."""
+    if uuid is None:
+        return
+    if _encoded_size(uuid) > MAX_UUID:
+        raise InvalidArgument(f'UUID "{uuid}" too long: at most {MAX_UUID} bytes.')
+    if "/" in uuid:
+        raise InvalidArgument(f'UUID "{uuid}" invalid. It contains "/".')

@@ -14,7 +14,14 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cow import _core
-from cow.device import Device, DeviceInfo, close_devices, event_counts
+from cow.device import (
+    Device,
+    DeviceInfo,
+    check_name,
+    check_uuid,
+    close_devices,
+    event_counts,
+)
 from cow.errors import (
     DeviceBusy,
     DeviceNotFound,
@@ -31,8 +38,6 @@ from cow.targets.snapshot import SnapshotTarget
 from cow.targets.snapshot_merge import SnapshotMergeTarget
 
 MAJOR = 254
-MAX_NAME = 127
-MAX_UUID = 128
 DIRECTORY = "/dev/mapper/"
 
 P = ParamSpec("P")
@@ -104,8 +109,8 @@ class Mapper:
 
         If the table is refused the device is gone again.
         """
-        _check_name(name)
-        _check_uuid(uuid)
+        check_name(name)
+        check_uuid(uuid)
         if name in self._devices:
             raise DeviceBusy(f"{name}: a device of that name exists")
         if uuid and any(device.uuid == uuid for device in self._devices.values()):
@@ -202,7 +207,7 @@ class Mapper:
     def rename(self, name: str, new_name: str) -> None:
         """Give a device another name. With a live table its event counter goes up by one."""
         device = self._device(name)
-        _check_name(new_name)
+        check_name(new_name)
         if new_name in self._devices:
             raise DeviceBusy(f"{new_name}: a device of that name exists")
         del self._devices[device.name]
@@ -215,7 +220,7 @@ class Mapper:
     def set_uuid(self, name: str, uuid: str) -> None:
         """Give a device without uuid one. With a live table its event counter goes up by one."""
         device = self._device(name)
-        _check_uuid(uuid)
+        check_uuid(uuid)
         if device.uuid:
             raise InvalidArgument(f"{name}: has the uuid {device.uuid} already")
         if any(other.uuid == uuid for other in self._devices.values()):
@@ -586,30 +591,3 @@ def _name_of(device: Any) -> str:  # noqa: ANN401
 
 def _number_of(device: Any) -> str:  # noqa: ANN401
     return "{}:{}".format(*device.major_minor)
-
-
-def _encoded_size(text: str) -> int:
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(f"{text!r}: not to be encoded in UTF-8") from error
-
-
-def _check_name(name: str) -> None:
-    if not name:
-        raise InvalidArgument("Non empty new name is required.")
-    if "/" in name:
-        raise InvalidArgument(f'Name "{name}" invalid. It contains "/".')
-    if _encoded_size(name) > MAX_NAME:
-        raise InvalidArgument(f'Name "{name}" too long: at most {MAX_NAME} bytes.')
-    if name in ("control", ".", ".."):
-        raise InvalidArgument(f'Name "{name}" is reserved.')
-
-
-def _check_uuid(uuid: str | None) -> None:
-    if uuid is None:
-        return
-    if _encoded_size(uuid) > MAX_UUID:
-        raise InvalidArgument(f'UUID "{uuid}" too long: at most {MAX_UUID} bytes.')
-    if "/" in uuid:
-        raise InvalidArgument(f'UUID "{uuid}" invalid. It contains "/".')
