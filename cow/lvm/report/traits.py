@@ -1,0 +1,342 @@
+"""What an LV is, as reports tell it: layout, role, relatives, and the ten letters of lv_attr.
+
+The letters are those of lvs(8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from cow.lvm.metadata import LogicalVolume, PhysicalVolume, segment_lvs
+from cow.lvm.report.live import LiveDevice, Usage
+from cow.lvm.report.rows import Row
+
+MIN_READ_AHEAD: Final = 256
+"""Sectors that a device without stripes reads ahead."""
+
+THIN: Final = ("thin", "thin-pool")
+VIRTUAL: Final = ("zero", "error")
+
+
+def first_type(lv: LogicalVolume) -> str:
+    """Return the type of the first segment."""
+    return lv.segments[0].type if lv.segments else ""
+
+
+def is_raid(lv: LogicalVolume) -> bool:
+    """Tell whether the LV is of one of the raid types."""
+    return first_type(lv).startswith("raid")
+
+
+def is_pool(lv: LogicalVolume) -> bool:
+    """Tell whether the LV is a pool."""
+    return first_type(lv) in ("thin-pool", "cache-pool", "vdo-pool")
+
+
+def parent(lv: LogicalVolume) -> LogicalVolume | None:
+    """Return the LV that a hidden LV is a part of."""
+    if lv.visible or lv.is_cow or lv.is_origin:
+        return None
+    return next((user for user in lv.users if not user.is_snapshot_record), None)
+
+
+def role_of_part(lv: LogicalVolume) -> str:
+    """Return image, metadata, log, data … for the hidden LVs that are named after another."""
+    for part, role in (
+        ("_rimage", "image"),
+        ("_mimage", "image"),
+        ("_rmeta", "metadata"),
+        ("_mlog", "log"),
+        ("_tdata", "data"),
+        ("_tmeta", "metadata"),
+        ("_cdata", "data"),
+        ("_cmeta", "metadata"),
+        ("_pmspare", "spare"),
+    ):
+        if part in lv.name and not lv.visible:
+            return role
+    return ""
+
+
+def shown_name(lv: LogicalVolume, row: Row) -> str:
+    """Return the name, in brackets if the LV is hidden."""
+    return lv.name if lv.visible or not row.show_hidden else f"[{lv.name}]"
+
+
+def origin_of(lv: LogicalVolume) -> LogicalVolume | None:
+    """Return what the LV is a snapshot of."""
+    record = lv.snapshot
+    if record is not None:
+        return record.segments[0].origin
+    for segment in lv.segments:
+        name = segment.extra.get("origin") or segment.extra.get("external_origin")
+        if segment.type == "thin" and isinstance(name, str):
+            return lv.vg.find_lv(name)
+    return None
+
+
+def named_lv(lv: LogicalVolume, *keys: str) -> LogicalVolume | None:
+    """Return the LV that a key of a pool's or a pool's user's segment names."""
+    for segment in lv.segments:
+        for key in keys:
+            name = segment.extra.get(key)
+            if isinstance(name, str):
+                return lv.vg.find_lv(name)
+    return None
+
+
+def cow_stores(lv: LogicalVolume) -> list[LogicalVolume]:
+    """Return the snapshots of an origin in the order of their records."""
+    return [store for each in lv.snapshots if (store := each.segments[0].cow) is not None]
+
+
+def ancestors(lv: LogicalVolume) -> Iterator[LogicalVolume]:
+    """Yield what the LV is a snapshot of, and what that is one of."""
+    seen = {lv}
+    above = origin_of(lv)
+    while above is not None and above not in seen:
+        yield above
+        seen.add(above)
+        above = origin_of(above)
+
+
+def descendants(lv: LogicalVolume) -> Iterator[LogicalVolume]:
+    """Yield the snapshots of an LV, and theirs."""
+    seen = {lv}
+    left = [lv]
+    while left:
+        above = left.pop(0)
+        thin = [
+            each for each in lv.vg.lvs if first_type(each) == "thin" and origin_of(each) is above
+        ]
+        for below in cow_stores(above) + thin:
+            if below not in seen:
+                seen.add(below)
+                left.append(below)
+                yield below
+
+
+def virtual_sectors(lv: LogicalVolume) -> int | None:
+    """Return how large the view of a snapshot is; an origin is as large as it is."""
+    record = lv.snapshot
+    if record is not None:
+        return record.segments[0].extent_count * lv.vg.extent_size
+    return lv.sectors if lv.is_origin else None
+
+
+def read_ahead_in_use(lv: LogicalVolume) -> int:
+    """Return the sectors that LVM lets a device read ahead: two rows of stripes, at least 256."""
+    if lv.read_ahead:
+        return max(lv.read_ahead, 0)
+    rows = (len(each.areas) * each.stripe_size for each in lv.segments if len(each.areas) > 1)
+    return max(2 * max(rows, default=0), MIN_READ_AHEAD)
+
+
+def layout(lv: LogicalVolume) -> list[str]:
+    """Return how an LV is laid out: linear, striped, mirror …"""
+    kind = first_type(lv)
+    if kind == "striped":
+        return ["striped" if len(lv.segments[0].areas) > 1 else "linear"]
+    if kind == "thin":
+        return ["thin", "sparse"]
+    if kind in ("thin-pool", "cache-pool", "vdo-pool"):
+        return [kind.removesuffix("-pool"), "pool"]
+    if kind in VIRTUAL:
+        return ["virtual"] if not lv.visible else ["unknown"]
+    if kind.startswith("raid"):
+        level = kind.split("_")[0]
+        return ["raid", level] if level == kind or level == "raid0" else ["raid", level, kind]
+    return [kind] if lv.segments and lv.segments[0].known else ["unknown"]
+
+
+def role(lv: LogicalVolume) -> list[str]:
+    """Return what an LV is there for: public or private, origin, snapshot …"""
+    found = ["public" if lv.visible or lv.is_cow else "private"]
+    kind = first_type(lv)
+    part = role_of_part(lv)
+    if part:
+        above = parent(lv)
+        family = "pool" if part == "spare" else first_type(above).split("-")[0] if above else ""
+        if above is not None and is_pool(above):
+            found += [family, "pool"]
+        elif family:
+            found.append("raid" if family.startswith("raid") else family)
+        found.append(part)
+    if lv.is_origin:
+        found += ["origin", "thickorigin"]
+        if len(lv.snapshots) > 1:
+            found.append("multithickorigin")
+    if lv.is_cow:
+        found += ["snapshot", "thicksnapshot"]
+    if kind == "thin":
+        below = [e for e in lv.vg.lvs if first_type(e) == "thin" and origin_of(e) is lv]
+        if below:
+            found += [*(["origin"] if "origin" not in found else []), "thinorigin"]
+            found += ["multithinorigin"] if len(below) > 1 else []
+        if origin_of(lv) is not None:
+            found += ["snapshot", "thinsnapshot"]
+    return found
+
+
+def modules(lv: LogicalVolume) -> list[str]:
+    """Return the modules of device-mapper that run it, beside those that are always there."""
+    found = ["snapshot"] if lv.is_origin or lv.is_cow else []
+    for segment in lv.segments:
+        if segment.type in VIRTUAL or segment.type in ("mirror", *THIN):
+            name = {"thin": "thin-pool"}.get(segment.type, segment.type)
+            found += [each for each in [segment.type, name] if each not in found]
+        elif segment.type.startswith("raid") and "raid" not in found:
+            found.append("raid")
+    return found
+
+
+# ---- attr
+
+
+def attributes(row: Row) -> str:
+    """Return the ten letters of lv_attr."""
+    lv = row.lv
+    assert lv is not None
+    device = row.live.device(lv)
+    usage = row.live.usage(lv)
+    return "".join(
+        (
+            _type_letter(lv),
+            _permission_letter(lv, device),
+            _policy_letter(lv),
+            "m" if has_fixed_minor(lv) else "-",
+            _state_letter(row, device, usage),
+            "X" if not row.live.known else "o" if device and device.info.open_count else "-",
+            _target_letter(lv),
+            "z" if zeroes(lv) else "-",
+            "p" if is_partial(lv) else "-",
+            "k" if "ACTIVATION_SKIP" in lv.flags else "-",
+        )
+    )
+
+
+def _type_letter(lv: LogicalVolume) -> str:
+    kind = first_type(lv)
+    part = role_of_part(lv)
+    above = parent(lv)
+    letters = (
+        ("O", lv.merging_snapshot is not None),
+        ("p", "PVMOVE" in lv.status),
+        ("o", lv.is_origin or _is_external_origin(lv)),
+        ("e", part in ("metadata", "spare")),
+        ("T", part == "data" and above is not None and first_type(above) == "thin-pool"),
+        ("C", part == "data"),
+        ("R" if "NOTSYNCED" in lv.status else "r", is_raid(lv)),
+        ("M" if "NOTSYNCED" in lv.status else "m", kind == "mirror"),
+        ("V", kind == "thin"),
+        ("v", kind in VIRTUAL or not all(segment.known for segment in lv.segments)),
+        ("t", kind == "thin-pool"),
+        ("C", kind in ("cache", "cache-pool", "writecache")),
+        ("d", kind == "vdo-pool"),
+        ("v", kind == "vdo"),
+        ("i", part == "image"),
+        ("l", part == "log"),
+        ("S" if is_merging(lv) else "s", lv.is_cow),
+        ("o", "_corig" in lv.name and not lv.visible),
+    )
+    return next((letter for letter, is_it in letters if is_it), "-")
+
+
+def _permission_letter(lv: LogicalVolume, device: LiveDevice | None) -> str:
+    if "PVMOVE" in lv.status:
+        return "-"
+    if not lv.writable:
+        return "r"
+    return "R" if device is not None and device.info.readonly else "w"
+
+
+def _policy_letter(lv: LogicalVolume) -> str:
+    letter = {"contiguous": "c", "cling": "l", "normal": "n", "anywhere": "a"}.get(
+        lv.allocation_policy or "inherit", "i"
+    )
+    return letter.upper() if "LOCKED" in lv.status else letter
+
+
+def _state_letter(row: Row, device: LiveDevice | None, usage: Usage | None) -> str:
+    if not row.live.known:
+        return "X"
+    if device is None:
+        return "-"
+    failed = usage is not None and usage.merge_failed
+    invalid = usage is not None and usage.invalid
+    if device.info.suspended:
+        return "S" if invalid else "M" if failed else "s"
+    if device.info.live:
+        return "I" if invalid else "m" if failed else "a"
+    return "i" if device.info.inactive else "d"
+
+
+def _target_letter(lv: LogicalVolume) -> str:
+    kind = first_type(lv)
+    if kind in THIN:
+        return "t"
+    if kind in ("cache", "cache-pool", "writecache"):
+        return "C"
+    in_raid = _family(lv).startswith("raid") and role_of_part(lv) in ("image", "metadata")
+    if is_raid(lv) or in_raid:
+        return "r"
+    if kind == "mirror" or _family(lv) == "mirror":
+        return "m"
+    if lv.is_cow or lv.is_origin:
+        return "s"
+    if kind in VIRTUAL:
+        return "v"
+    return "-" if all(segment.known for segment in lv.segments) else "u"
+
+
+def _family(lv: LogicalVolume) -> str:
+    above = parent(lv)
+    return first_type(above) if above is not None else ""
+
+
+def _is_external_origin(lv: LogicalVolume) -> bool:
+    return any(
+        segment.extra.get("external_origin") == lv.name
+        for each in lv.vg.lvs
+        for segment in each.segments
+        if segment.type == "thin"
+    )
+
+
+def is_merging(lv: LogicalVolume) -> bool:
+    """Tell whether a snapshot is merging, or is to be merged, into its origin."""
+    record = lv.snapshot
+    return record is not None and record.segments[0].merging
+
+
+def has_fixed_minor(lv: LogicalVolume) -> bool:
+    """Tell whether its device always has the same number."""
+    return "FIXED_MINOR" in lv.status
+
+
+def zeroes(lv: LogicalVolume) -> bool:
+    """Tell whether a thin pool, or that of a thin LV, zeroes what it hands out."""
+    pool = lv if first_type(lv) == "thin-pool" else named_lv(lv, "thin_pool")
+    return pool is not None and pool.segments[0].extra.get("zero_new_blocks") == 1
+
+
+def is_partial(lv: LogicalVolume) -> bool:
+    """Tell whether a PV is missing somewhere below."""
+    seen: set[LogicalVolume] = set()
+    left = [lv]
+    while left:
+        each = left.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        for segment in each.segments:
+            pvs = [area.of for area in segment.areas if isinstance(area.of, PhysicalVolume)]
+            if any(pv.missing for pv in pvs):
+                return True
+            left += segment_lvs(segment)
+            for value in segment.extra.values():
+                names = value if isinstance(value, list) else [value]
+                found = (lv.vg.find_lv(name) for name in names if isinstance(name, str))
+                left += [other for other in found if other is not None]
+    return False

@@ -1,0 +1,317 @@
+"""What stands in the fields of LVs and their segments.
+
+A value is what the kind of its field says (cow.lvm.report.fields): text, a number, a size in
+sectors, a percentage, true or false, a list, a time. None is a blank, and of true or false neither:
+unknown. A field that has no function here is blank for every LV that can be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from cow.lvm.metadata import Area, LogicalVolume, PhysicalVolume, Segment
+from cow.lvm.names import dashed_id, dm_name
+from cow.lvm.report.live import LiveDevice, Usage
+from cow.lvm.report.rows import Row
+from cow.lvm.report.traits import (
+    THIN,
+    VIRTUAL,
+    ancestors,
+    attributes,
+    descendants,
+    first_type,
+    has_fixed_minor,
+    is_merging,
+    is_partial,
+    is_pool,
+    layout,
+    modules,
+    named_lv,
+    origin_of,
+    parent,
+    read_ahead_in_use,
+    role,
+    shown_name,
+    virtual_sectors,
+    zeroes,
+)
+
+
+def _lv(row: Row) -> LogicalVolume:
+    assert row.lv is not None
+    return row.lv
+
+
+def _live(row: Row, tell: Callable[[LiveDevice], Any], absent: Any = None) -> Any:  # noqa: ANN401
+    device = row.live.device(_lv(row))
+    return absent if device is None else tell(device)
+
+
+def _of_state(row: Row, tell: Callable[[Usage], bool]) -> bool | None:
+    lv = _lv(row)
+    usage = row.live.usage(lv) if lv.is_cow else None
+    return None if usage is None else tell(usage)
+
+
+def _uuid(lv: LogicalVolume | None) -> str:
+    return dashed_id(lv.id) if lv is not None else ""
+
+
+def _name(row: Row, lv: LogicalVolume | None) -> str:
+    return shown_name(lv, row) if lv is not None else ""
+
+
+def _data_percent(row: Row) -> float | None:
+    usage = row.live.usage(_lv(row))
+    return usage.percent if usage is not None else None
+
+
+def _snap_percent(row: Row) -> float | None:
+    return _data_percent(row) if _lv(row).is_cow else None
+
+
+def _active(row: Row) -> str:
+    if not row.live.known:
+        return "unknown"
+    return "active" if row.live.is_active(_lv(row)) else ""
+
+
+def _is_active(row: Row) -> bool | None:
+    return row.live.is_active(_lv(row)) if row.live.known else None
+
+
+def _permissions(row: Row) -> str:
+    device = row.live.device(_lv(row))
+    if device is None:
+        return "unknown"
+    if device.info.readonly:
+        return "read-only-override" if _lv(row).writable else "read-only"
+    return "writeable"
+
+
+def _read_ahead(row: Row) -> int | str:
+    value = _lv(row).read_ahead
+    return "auto" if not value else "none" if value < 0 else value
+
+
+def _kernel_read_ahead(row: Row) -> int | str:
+    return read_ahead_in_use(_lv(row)) if row.live.is_active(_lv(row)) else "-1"
+
+
+def _health(row: Row) -> str:
+    return "partial" if is_partial(_lv(row)) else ""
+
+
+def _legs(segment: Segment) -> int:
+    if segment.type in ("striped", "mirror"):
+        return len(segment.areas)
+    if segment.type in VIRTUAL:
+        return 0
+    count = segment.extra.get("device_count") or segment.extra.get("stripe_count") or 1
+    return count if isinstance(count, int) else 1
+
+
+def _data_legs(segment: Segment) -> int:
+    parity = {"raid4": 1, "raid5": 1, "raid6": 2}.get(segment.type.split("_")[0], 0)
+    return max(_legs(segment) - parity, 0)
+
+
+def _number(segment: Segment, key: str) -> int | None:
+    value = segment.extra.get(key)
+    return value if isinstance(value, int) else None
+
+
+def _segtype(row: Row) -> str:
+    segment = row.segment
+    if segment is None:
+        return "free"
+    if segment.type == "striped" and len(segment.areas) == 1:
+        return "linear"
+    return segment.type_text
+
+
+def _chunk_size(row: Row) -> int:
+    record = row.lv.snapshot if row.lv is not None else None
+    if record is not None:
+        return record.segments[0].chunk_size
+    return _number(row.segment, "chunk_size") or 0 if row.segment is not None else 0
+
+
+def _ranges(row: Row) -> list[str]:
+    segment = row.segment
+    if segment is None:
+        return []
+    count = segment.area_extents
+    return [
+        f"{_area_name(row, area)}:{area.start}-{area.start + count - 1}" for area in segment.areas
+    ]
+
+
+def _pe_ranges(row: Row) -> list[str]:
+    found = _ranges(row)
+    return [" ".join(found)] if found else []
+
+
+def _devices(row: Row) -> list[str]:
+    segment = row.segment
+    if segment is None:
+        return []
+    found = [f"{_area_name(row, area)}({area.start})" for area in segment.areas]
+    return found + [f"{_hidden(row, name)}(0)" for name in _parts(segment)]
+
+
+def _parts(segment: Segment) -> Iterator[str]:
+    """Yield the names of the LVs that hold the data of a raid, a pool or a cache."""
+    for key in ("pool", "data", "raid0_lvs"):
+        value = segment.extra.get(key)
+        values = value if isinstance(value, list) else [value]
+        yield from [each for each in values if isinstance(each, str)]
+    raids = segment.extra.get("raids")
+    if isinstance(raids, list):
+        yield from [str(each) for each in raids[1::2]]
+    if segment.type == "cache" and isinstance(origin := segment.extra.get("origin"), str):
+        yield origin
+
+
+def _hidden(row: Row, name: str) -> str:
+    lv = _lv(row).vg.find_lv(name)
+    return name if lv is None else lv.name
+
+
+def _area_name(row: Row, area: Area) -> str:
+    return str(area.of) if isinstance(area.of, PhysicalVolume) else area.of.name
+
+
+def _metadata_devices(row: Row) -> list[str]:
+    segment = row.segment
+    if segment is None:
+        return []
+    raids = segment.extra.get("raids")
+    names = [str(each) for each in raids[::2]] if isinstance(raids, list) else []
+    if segment.type in ("thin-pool", "cache-pool") and (name := segment.extra.get("metadata")):
+        names.append(str(name))
+    return [f"{name}(0)" for name in names]
+
+
+def _of_segment(tell: Callable[[Segment], Any], absent: Any = None) -> Callable[[Row], Any]:  # noqa: ANN401
+    return lambda row: absent if row.segment is None else tell(row.segment)
+
+
+def _of_lv(tell: Callable[[LogicalVolume], Any], absent: Any = "") -> Callable[[Row], Any]:  # noqa: ANN401
+    return lambda row: absent if row.lv is None else tell(row.lv)
+
+
+def _seg_extents(row: Row) -> int:
+    if row.segment is not None:
+        return row.segment.extent_count
+    return row.piece.count if row.piece is not None else 0
+
+
+VALUES: Final[dict[str, Callable[[Row], Any]]] = {
+    "lv_uuid": _of_lv(_uuid),
+    "lv_name": lambda row: _name(row, row.lv),
+    "lv_full_name": _of_lv(str),
+    "lv_path": _of_lv(lambda lv: f"/dev/{lv}" if lv.visible else ""),
+    "lv_dm_path": _of_lv(lambda lv: f"/dev/mapper/{dm_name(lv.vg.name, lv.name)}"),
+    "lv_parent": _of_lv(lambda lv: above.name if (above := parent(lv)) else ""),
+    "lv_layout": _of_lv(layout, []),
+    "lv_role": _of_lv(role, []),
+    "lv_merging": _of_lv(lambda lv: is_merging(lv) or lv.merging_snapshot is not None, False),
+    "lv_converting": _of_lv(lambda lv: "CONVERTING" in lv.status, False),
+    "lv_allocation_policy": _of_lv(lambda lv: lv.allocation_policy or "inherit"),
+    "lv_allocation_locked": _of_lv(lambda lv: "LOCKED" in lv.status, False),
+    "lv_fixed_minor": _of_lv(has_fixed_minor, False),
+    "lv_skip_activation": _of_lv(lambda lv: "ACTIVATION_SKIP" in lv.flags, False),
+    "lv_autoactivation": _of_lv(lambda lv: "NOAUTOACTIVATE" not in lv.flags, False),
+    "lv_when_full": _of_lv(
+        lambda lv: (
+            ("error" if "ERROR_WHEN_FULL" in lv.flags else "queue")
+            if first_type(lv) == "thin-pool"
+            else ""
+        )
+    ),
+    "lv_active": _active,
+    "lv_active_locally": _is_active,
+    "lv_active_remotely": lambda row: False if row.live.known else None,
+    "lv_active_exclusively": _is_active,
+    "lv_major": _of_lv(lambda lv: lv.major if lv.major is not None else -1, -1),
+    "lv_minor": _of_lv(lambda lv: lv.minor if lv.minor is not None else -1, -1),
+    "lv_read_ahead": _read_ahead,
+    "lv_size": _of_lv(lambda lv: lv.sectors, 0),
+    "lv_metadata_size": _of_lv(
+        lambda lv: part.sectors if is_pool(lv) and (part := named_lv(lv, "metadata")) else None,
+        None,
+    ),
+    "seg_count": _of_lv(lambda lv: len(lv.segments), 0),
+    "origin": lambda row: _name(row, origin_of(_lv(row))),
+    "origin_uuid": _of_lv(lambda lv: _uuid(origin_of(lv))),
+    "origin_size": _of_lv(virtual_sectors, None),
+    "lv_ancestors": _of_lv(lambda lv: [each.name for each in ancestors(lv)], []),
+    "lv_full_ancestors": _of_lv(lambda lv: [each.name for each in ancestors(lv)], []),
+    "lv_descendants": _of_lv(lambda lv: [each.name for each in descendants(lv)], []),
+    "lv_full_descendants": _of_lv(lambda lv: [each.name for each in descendants(lv)], []),
+    "raidintegrityblocksize": lambda row: -1,
+    "mirror_log": lambda row: _name(row, row.segment.mirror_log if row.segment else None),
+    "mirror_log_uuid": lambda row: _uuid(row.segment.mirror_log if row.segment else None),
+    "data_lv": lambda row: _name(row, named_lv(_lv(row), "pool", "data")),
+    "data_lv_uuid": _of_lv(lambda lv: _uuid(named_lv(lv, "pool", "data"))),
+    "metadata_lv": lambda row: _name(row, named_lv(_lv(row), "metadata")),
+    "metadata_lv_uuid": _of_lv(lambda lv: _uuid(named_lv(lv, "metadata"))),
+    "pool_lv": lambda row: _name(row, named_lv(_lv(row), "thin_pool", "cache_pool")),
+    "pool_lv_uuid": _of_lv(lambda lv: _uuid(named_lv(lv, "thin_pool", "cache_pool"))),
+    "lv_tags": _of_lv(lambda lv: sorted(lv.tags), []),
+    "lv_time": _of_lv(lambda lv: lv.creation_time, None),
+    "lv_host": _of_lv(lambda lv: lv.creation_host or ""),
+    "lv_modules": _of_lv(modules, []),
+    "lv_historical": lambda row: False,
+    "writecache_block_size": lambda row: -1,
+    "lv_kernel_major": lambda row: _live(row, lambda device: device.info.major, -1),
+    "lv_kernel_minor": lambda row: _live(row, lambda device: device.info.minor, -1),
+    "lv_kernel_read_ahead": _kernel_read_ahead,
+    "lv_permissions": _permissions,
+    "lv_suspended": lambda row: _live(row, lambda device: device.info.suspended),
+    "lv_live_table": lambda row: _live(row, lambda device: device.info.live),
+    "lv_inactive_table": lambda row: _live(row, lambda device: device.info.inactive),
+    "lv_device_open": lambda row: _live(row, lambda device: device.info.open_count > 0),
+    "data_percent": _data_percent,
+    "snap_percent": _snap_percent,
+    "lv_health_status": _health,
+    "lv_check_needed": lambda row: None,
+    "lv_merge_failed": lambda row: _of_state(row, lambda usage: usage.merge_failed),
+    "lv_snapshot_invalid": lambda row: _of_state(row, lambda usage: usage.invalid),
+    "lv_attr": attributes,
+    "segtype": _segtype,
+    "stripes": _of_segment(_legs, 0),
+    "data_stripes": _of_segment(_data_legs, 0),
+    "data_copies": _of_segment(lambda segment: _number(segment, "data_copies") or 1, 0),
+    "stripe_size": _of_segment(
+        lambda segment: segment.stripe_size or _number(segment, "stripe_size") or 0, 0
+    ),
+    "region_size": _of_segment(
+        lambda segment: segment.region_size or _number(segment, "region_size") or 0, 0
+    ),
+    "chunk_size": _chunk_size,
+    "thin_count": lambda row: (
+        sum(named_lv(lv, "thin_pool") is row.lv for lv in _lv(row).vg.lvs)
+        if row.segment is not None and row.segment.type == "thin-pool"
+        else None
+    ),
+    "discards": _of_segment(lambda segment: str(segment.extra.get("discards", "")), ""),
+    "cache_mode": _of_segment(lambda segment: str(segment.extra.get("cache_mode", "")), ""),
+    "zero": lambda row: zeroes(row.lv) if row.lv and first_type(row.lv) in THIN else None,
+    "transaction_id": _of_segment(lambda segment: _number(segment, "transaction_id")),
+    "thin_id": _of_segment(lambda segment: _number(segment, "device_id")),
+    "seg_start": lambda row: (
+        row.segment.start_extent * _lv(row).vg.extent_size if row.segment else 0
+    ),
+    "seg_start_pe": _of_segment(lambda segment: segment.start_extent, 0),
+    "seg_size": lambda row: _seg_extents(row) * (row.vg.extent_size if row.vg else 0),
+    "seg_size_pe": _seg_extents,
+    "seg_tags": _of_segment(lambda segment: sorted(segment.tags), []),
+    "seg_pe_ranges": _pe_ranges,
+    "seg_le_ranges": _ranges,
+    "devices": _devices,
+    "metadata_devices": _metadata_devices,
+    "cache_policy": _of_segment(lambda segment: str(segment.extra.get("policy", "")), ""),
+}
