@@ -46,8 +46,8 @@ class Client:
 
     def __init__(self, path: Path | str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(30)
         self.socket.connect(str(path))
+        self.socket.settimeout(30)
 
     def receive(self, size: int) -> bytes:
         """Return `size` bytes; EOFError where the server hangs up first."""
