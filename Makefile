@@ -11,7 +11,7 @@ FUZZ := $(patsubst fuzz/fuzz_%.py,%,$(wildcard fuzz/fuzz_*.py))
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-kernel bench lint format sdist debug asan tsan fuzz \
+.PHONY: help setup build demo test test-kernel bench bench-peers bench-report lint format sdist debug asan tsan fuzz \
 	coverage clean
 
 help: ## List these targets
@@ -31,8 +31,16 @@ test-kernel: ## Compare with the real kernel, run as a process (User Mode Linux)
 	@tools/setup test
 	@$(BIN)/pytest tests/kernel $(ARGS)
 
-bench: setup ## Run the benchmarks, each beside its baseline
-	@$(BIN)/pytest benchmarks $(ARGS)
+bench: setup ## Run the benchmarks, each beside its limit; ARGS="--scale small" for a quick look
+	@$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+
+bench-peers: ## Run those beside other programs: NBD and FUSE servers, the kernel, reflinks (root)
+	@tools/setup bench
+	@$(BIN)/pytest benchmarks/peers $(ARGS)
+
+bench-report: ## Run both as often as needed and write docs/benchmarks.md; ARGS="--as-is" runs none
+	@tools/setup bench
+	@$(BIN)/python benchmarks/report.py $(ARGS)
 
 lint: ## Check style, types and the stub of the extension
 	@tools/setup dev

@@ -1,153 +1,232 @@
-"""First writes: random blocks over the origin, each of which breaks a chunk.
+"""First writes: random blocks, each of which breaks a chunk.
 
-The plain work in them: gather the old chunks into the store, scatter the new ones over the
-origin. It is measured twice, as a fresh store is dominated by the page faults of its new pages:
-once where the store's pages exist already, once with all of them made by one madvise call.
+The plain work in one to the origin: gather the old chunks into the store, scatter the new ones
+over the origin. It is measured twice, as a fresh store is dominated by the page faults of its new
+pages: once where the store's pages exist already, once with all of them made by one madvise call.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from baselines import MappedFile, gather, make_file, scatter, stamp, store_size
+from suite.baselines import MappedFile, gather, make_file, scatter, stamp, store_size
+from suite.devices import BLOCK, CHUNK_SIZE, Stand, offsets
+from suite.race import limit, other, together
 
 import cow
 
-BLOCK = 4096
-CHUNK_SIZE = 8
+SECTION = "First writes"
 
 
 @dataclass
 class Images:
-    """An origin, and batches of blocks to write to it."""
+    """An origin, and a batch of blocks to write to it."""
 
-    dm: cow.Mapper
-    folder: Path
-    origin: Path
+    stand: Stand
+    plain: np.ndarray
     numbers: np.ndarray  # the blocks that are written, in that order
     data: np.ndarray
-    offsets: np.ndarray = field(init=False)
-    room: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.offsets = self.numbers.astype(np.uint64) * BLOCK
-        self.room = store_size(self.numbers.size, CHUNK_SIZE)
-
-    def take_snapshot(self, store: Path) -> None:
-        """Replace the snapshot by a fresh one in `store`."""
-        self.dm.suspend("base")
-        self.drop_snapshot()
-        sectors = self.dm.device("base").sectors
-        table = f"0 {sectors} snapshot {self.origin} {store} P {CHUNK_SIZE}"
-        self.dm.create("snap", table)
-        self.dm.resume("base")
-
-    def drop_snapshot(self) -> None:
-        """Remove the snapshot if there is one."""
-        if "snap" in self.dm.names():
-            self.dm.remove("snap")
-
-    def check(self) -> None:
-        """Write other data to some of the blocks: the snapshot must keep what was there."""
-        base, snap = self.dm.device("base"), self.dm.device("snap")
-        offsets = self.offsets[:64]
-        old = base.read_many(offsets, BLOCK)
-        base.write_many(offsets, ~old)
-        assert np.array_equal(snap.read_many(offsets, BLOCK), old)
-        assert np.array_equal(base.read_many(offsets, BLOCK), ~old)
 
 
 @pytest.fixture(scope="module")
-def images(folder, scale) -> Iterator[Images]:
-    origin = make_file(folder / "origin.img", scale.image_size)
-    stamp(origin)
-    rng = np.random.default_rng(3)
-    numbers = rng.permutation(scale.image_size // BLOCK)[: scale.batch]
+def images(folder, scale):
+    numbers = np.random.default_rng(3).permutation(scale.image_size // BLOCK)[: scale.batch]
     data = np.full((scale.batch, BLOCK), 0x5A, np.uint8)
     with cow.Mapper(durability="process") as dm:
-        dm.create("base", f"0 {scale.image_size // 512} snapshot-origin {origin}")
-        yield Images(dm, folder, origin, numbers, data)
+        stand = Stand(dm, folder, scale.image_size)
+        yield Images(stand, stand.blocks(), numbers, data)
 
 
-def test_store_with_pages(race, images):
+class FreshFile:
+    """A file that is all a hole whenever it is prepared, as the plain work's store."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+        self.mapped: MappedFile | None = None
+
+    def prepare(self) -> None:
+        self.remove()
+        self.mapped = MappedFile(make_file(self.path, self.size), populate=False)
+
+    def remove(self) -> None:
+        self.mapped = None
+        self.path.unlink(missing_ok=True)
+
+    def populated(self) -> np.ndarray:
+        """Make its pages in one call, and return its blocks."""
+        assert self.mapped is not None
+        self.mapped.populate_write(self.size)
+        return self.mapped.blocks(BLOCK)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_store_with_pages(race, images, threads):
     """The store's pages exist and are mapped: it is used again and again."""
-    store = make_file(images.folder / "used.cow", images.room)
-    stamp(store, first=1)
-    kept_mapped = images.dm.image(store)
-    base = images.dm.device("base")
-
-    def prepare() -> None:
-        images.drop_snapshot()
-        descriptor = os.open(store, os.O_WRONLY)
-        os.pwrite(descriptor, bytes(BLOCK), 0)
-        os.close(descriptor)
-        images.take_snapshot(store)
-
-    plain = MappedFile(images.origin).blocks(BLOCK)
-    plain_file = make_file(images.folder / "plain.cow", images.data.nbytes)
+    stand, plain, data = images.stand, images.plain, images.data
+    plain_file = make_file(stand.folder / "plain.cow", data.nbytes)
     stamp(plain_file)
     plain_store = MappedFile(plain_file).blocks(BLOCK)
+    parts = [
+        slice(n * len(data) // threads, (n + 1) * len(data) // threads) for n in range(threads)
+    ]
 
-    def baseline() -> None:
-        gather(plain, images.numbers, plain_store)
-        scatter(plain, images.numbers, images.data)
+    def prepare() -> None:
+        stand.drop("snap")
+        stand.used_snapshot("snap", images.numbers.size)
 
+    def writes(part: slice):
+        at = offsets(images.numbers[part])
+        return lambda: stand.base.write_many(at, data[part])
+
+    def plainly(part: slice):
+        def work() -> None:
+            gather(plain, images.numbers[part], plain_store[part])
+            scatter(plain, images.numbers[part], data[part])
+
+        return work
+
+    whole = slice(0, len(data))
+    others = [limit("take + scatter", together(*map(plainly, parts)))]
+    if threads > 1:
+        others.insert(0, other("cow, one thread", writes(whole), prepare))
+    by = " by two threads" if threads > 1 else ""
     race(
-        "first writes 4 KiB, store with pages",
-        lambda: base.write_many(images.offsets, images.data),
-        ("take + scatter", baseline),
+        f"first writes 4 KiB on the origin{by}, store with pages",
+        together(*map(writes, parts)),
+        *others,
         count=images.numbers.size,
         unit="/chunk",
         prepare=prepare,
-        speed=0.8,
     )
     prepare()
-    images.check()
-    images.drop_snapshot()
-    del kept_mapped
-    store.unlink()
+    stand.check(images.numbers, "snap")
+    stand.forget("snap")
     plain_file.unlink()
 
 
 def test_fresh_store(race, images):
     """The store is a new sparse file each time: all of its pages have to be made."""
-    store = images.folder / "fresh.cow"
-    base = images.dm.device("base")
+    stand, plain, data = images.stand, images.plain, images.data
+    at = offsets(images.numbers)
+    copies = FreshFile(stand.folder / "plain.cow", data.nbytes)
 
     def prepare() -> None:
-        images.drop_snapshot()
-        store.unlink(missing_ok=True)
-        images.take_snapshot(make_file(store, images.room))
-
-    plain = MappedFile(images.origin).blocks(BLOCK)
-    plain_file = images.folder / "plain.cow"
-    plain_store: list[MappedFile] = []
-
-    def prepare_baseline() -> None:
-        plain_store.clear()
-        plain_file.unlink(missing_ok=True)
-        make_file(plain_file, images.data.nbytes)
-        plain_store.append(MappedFile(plain_file, populate=False))
+        stand.drop("snap")
+        stand.snapshot("snap", images.numbers.size)
 
     def baseline() -> None:
-        plain_store[0].populate_write(images.data.nbytes)
-        gather(plain, images.numbers, plain_store[0].blocks(BLOCK))
-        scatter(plain, images.numbers, images.data)
+        gather(plain, images.numbers, copies.populated())
+        scatter(plain, images.numbers, data)
 
     race(
-        "first writes 4 KiB, fresh store",
-        lambda: base.write_many(images.offsets, images.data),
-        ("populate + take + scatter", baseline),
+        "first writes 4 KiB on the origin, fresh store",
+        lambda: stand.base.write_many(at, data),
+        limit("populate + take + scatter", baseline, copies.prepare),
         count=images.numbers.size,
         unit="/chunk",
         prepare=prepare,
-        prepare_baseline=prepare_baseline,
-        speed=0.7,
     )
+    copies.remove()
     prepare()
-    images.check()
+    stand.check(images.numbers, "snap")
+    stand.forget("snap")
+
+
+def test_snapshot(race, images):
+    """Writes of whole chunks to the snapshot itself: the plain work is a copy into the store."""
+    stand, data = images.stand, images.data
+    at = offsets(images.numbers)
+    copies = FreshFile(stand.folder / "plain.cow", data.nbytes)
+
+    def prepare() -> None:
+        stand.drop("snap")
+        stand.snapshot("snap", images.numbers.size)
+
+    race(
+        "first writes 4 KiB on the snapshot, fresh store",
+        lambda: stand.dm.device("snap").write_many(at, data),
+        limit("populate + copy", lambda: np.copyto(copies.populated(), data), copies.prepare),
+        count=images.numbers.size,
+        unit="/chunk",
+        prepare=prepare,
+    )
+    copies.remove()
+    assert np.array_equal(stand.dm.device("snap").read_many(at[:64], BLOCK), data[:64])
+    stand.forget("snap")
+
+
+def test_part_of_a_chunk(race, images):
+    """Half a chunk to the snapshot: the other half has to be copied first."""
+    stand, plain = images.stand, images.plain
+    half = images.data[:, : BLOCK // 2]
+    data = np.ascontiguousarray(half)
+    at = offsets(images.numbers)
+    copies = FreshFile(stand.folder / "plain.cow", images.data.nbytes)
+
+    def prepare() -> None:
+        stand.drop("snap")
+        stand.snapshot("snap", images.numbers.size)
+
+    def baseline() -> None:
+        store = copies.populated()
+        gather(plain, images.numbers, store)
+        store[:, : BLOCK // 2] = data
+
+    race(
+        "first writes 2 KiB on the snapshot, fresh store",
+        lambda: stand.dm.device("snap").write_many(at, data),
+        limit("populate + take + copy", baseline, copies.prepare),
+        count=images.numbers.size,
+        unit="/chunk",
+        prepare=prepare,
+    )
+    copies.remove()
+    found = stand.dm.device("snap").read_many(at[:64], BLOCK)
+    assert np.array_equal(found[:, : BLOCK // 2], data[:64])
+    assert np.array_equal(found[:, BLOCK // 2 :], plain[images.numbers[:64], BLOCK // 2 :])
+    stand.forget("snap")
+
+
+def test_one_call_each(race, images, scale):
+    """One `pwrite` for each chunk beside one `os.pwrite` to the store and one to the origin."""
+    stand, plain = images.stand, images.plain
+    places = [int(number) * BLOCK for number in images.numbers[: scale.calls]]
+    data = images.data[0].tobytes()
+    plain_file = make_file(stand.folder / "plain.cow", len(places) * BLOCK)
+    stamp(plain_file)
+    mapped = memoryview(plain.reshape(-1))
+
+    def prepare() -> None:
+        stand.drop("snap")
+        stand.used_snapshot("snap", images.numbers.size)
+
+    def ours() -> None:
+        pwrite = stand.base.pwrite
+        for place in places:
+            pwrite(data, place)
+
+    with plain_file.open("r+b") as store, stand.image.open("r+b") as origin:
+
+        def baseline() -> None:
+            pwrite, store_fd, origin_fd = os.pwrite, store.fileno(), origin.fileno()
+            for number, place in enumerate(places):
+                pwrite(store_fd, mapped[place : place + BLOCK], number * BLOCK)
+                pwrite(origin_fd, data, place)
+
+        race(
+            "first writes by one pwrite each, store with pages",
+            ours,
+            limit("os.pwrite × 2", baseline),
+            count=len(places),
+            unit="/chunk",
+            repeat=4,
+            prepare=prepare,
+        )
+    allocated = (store_size(len(places), CHUNK_SIZE) // BLOCK - 1) * CHUNK_SIZE
+    assert stand.dm.status("snap").split()[3].startswith(f"{allocated}/")
+    stand.forget("snap")
+    plain_file.unlink()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from baselines import MappedFile, data_chunks, gather, make_file, make_store, stamp
+from suite.baselines import MappedFile, data_chunks, gather, make_file, make_store, stamp
+from suite.devices import CHUNK_SIZE, SECTOR
+from suite.race import limit
 
 import cow
 
-CHUNK_SIZE = 8
-SECTOR = 512
+SECTION = "Lookups and extents"
 SPREADS = [4, 256]  # chunks of the origin for each exception
 
 
@@ -39,10 +40,9 @@ def test_lookup(race, tmp_images, scale, spread):
         race(
             f"exception lookup, one in {spread} chunks",
             lambda: target.lookup_many(asked),
-            ("numpy.take of a plain array", lambda: gather(table, asked, found)),
+            limit("numpy.take of a plain array", lambda: gather(table, asked, found)),
             count=count,
             unit="/chunk",
-            within=25e-9,
         )
         stored = table[asked] != 0
         assert np.array_equal(target.lookup_many(asked)[stored], table[asked][stored])
@@ -67,7 +67,7 @@ def test_read_sectors(race, tmp_images, scale):
         race(
             "read_many random sectors, chunks of one",
             lambda: snap.read_many(offsets, SECTOR, out=out),
-            ("numpy.take", lambda: gather(plain, asked, out)),
+            limit("numpy.take", lambda: gather(plain, asked, out)),
             count=count,
             unit="/chunk",
         )
@@ -91,7 +91,7 @@ def test_extents(race, tmp_images, scale):
         race(
             "extents, one in 4 chunks in the store",
             lambda: snap.extents(),
-            ("numpy.diff of a plain array", lambda: np.flatnonzero(np.diff(in_store))),
+            limit("numpy.diff of a plain array", lambda: np.flatnonzero(np.diff(in_store))),
             count=chunks,
             unit="/chunk",
         )

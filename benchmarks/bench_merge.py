@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from baselines import (
+from suite.baselines import (
     MappedFile,
     data_chunks,
     gather,
@@ -15,11 +15,12 @@ from baselines import (
     stamp,
     write_areas,
 )
+from suite.devices import BLOCK, CHUNK_SIZE
+from suite.race import limit
 
 import cow
 
-BLOCK = 4096
-CHUNK_SIZE = 8
+SECTION = "Creating, opening, merging, removing"
 SECONDS_MAX = 60
 
 
@@ -71,10 +72,9 @@ def test_merge(race, tmp_images, scale):
         race(
             "merge random 4 KiB exceptions",
             merge,
-            ("take + scatter", baseline),
+            limit("take + scatter", baseline),
             count=buffer.nbytes,
             prepare=prepare,
-            throughput=1 << 30,
         )
         assert np.array_equal(plain[old_chunks[:64]], plain_store[new_chunks[:64]])
         assert not store.bytes[BLOCK : 2 * BLOCK].any()

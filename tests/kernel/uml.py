@@ -82,9 +82,12 @@ def preload(folder: Path) -> dict[str, str]:
 
 
 class Kernel:
-    """A running kernel. `folder` is the scratch folder that it shares with the host."""
+    """A running kernel. `folder` is the scratch folder that it shares with the host.
 
-    def __init__(self, folder: Path) -> None:
+    It has `memory` bytes of memory, whole MiB.
+    """
+
+    def __init__(self, folder: Path, memory: int = MEMORY) -> None:
         self.folder = folder
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.console: list[str] = []
@@ -101,7 +104,7 @@ class Kernel:
                 "rootfstype=hostfs",
                 "rootflags=/",
                 "ro",
-                f"mem={MEMORY >> 20}M",
+                f"mem={memory >> 20}M",
                 "quiet",
                 "umid=k",
                 f"uml_dir={self.home}/",

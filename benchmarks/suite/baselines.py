@@ -112,10 +112,11 @@ def write_areas(store: MappedFile, old_chunks: np.ndarray, chunk_size: int) -> N
     header = np.array([0x70416E53, 1, 1, chunk_size], "<u4")
     store.bytes[: header.nbytes] = header.view(np.uint8)
     areas = areas_of(store, count, chunk_size)
-    whole, rest = divmod(count, exceptions_per_area(chunk_size))
+    per_area = exceptions_per_area(chunk_size)
+    whole, rest = divmod(count, per_area)
     new_chunks = data_chunks(count, chunk_size)
     for field, values in enumerate((old_chunks, new_chunks)):
-        areas[:whole, :, field] = values[: count - rest].reshape(whole, -1)
+        areas[:whole, :, field] = values[: count - rest].reshape(whole, per_area)
         areas[whole, :rest, field] = values[count - rest :]
     areas[whole, rest:] = 0
 

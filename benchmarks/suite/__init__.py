@@ -1,0 +1,1 @@
+"""What the benchmarks share: scales, races, their results, peers, goals, charts."""
