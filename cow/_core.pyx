@@ -38,3 +38,4 @@ include "core/devices.pxi"      # Gate, Family, BlockDevice, FileDevice, MappedD
 include "core/tables.pxi"       # Map, and an object for each target
 include "core/snapshots.pxi"    # ExceptionStore, Snapshot
 include "core/nbd.pxi"          # NBD from socket to image
+include "core/fuse.pxi"         # FUSE from /dev/fuse to image

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import threading
 import weakref
@@ -66,6 +67,9 @@ class Mapper:
     `durability` says what an acknowledged write, and every snapshot, survives: "power" a power cut
     (copies and exceptions are flushed in the kernel's order), "process" the death of the process
     (they are stored in that order, and the page cache keeps them).
+
+    `own_file_systems` are the st_dev of file systems that show these devices: no image may lie
+    there, because a request on it would wait for another one behind it.
     """
 
     def __init__(self, *, durability: str = "power") -> None:
@@ -77,6 +81,7 @@ class Mapper:
         self._closed = False
         self._devices: dict[str, Device] = {}
         self._images: list[Image] = []
+        self.own_file_systems: set[int] = set()
         self._finalizer = weakref.finalize(self, _shut_down, self._devices, self._images)
 
     # Life and death.
@@ -356,6 +361,15 @@ class Mapper:
             raise TimeoutError(f"{name}: still merging after {timeout} s: {self.status(name)}")
         return self.status(name)
 
+    def devices(self) -> dict[str, Device]:
+        """Return the devices by name as they are now, without waiting for a verb under way."""
+        return dict(self._devices)
+
+    @property
+    def gate(self) -> _core.Gate:
+        """The lock around everything that can change between two requests."""
+        return self._gate
+
     @_locked
     def device(self, name: str) -> Device:
         """Return a device by name, /dev/mapper/NAME or MAJOR:MINOR, for I/O.
@@ -475,6 +489,10 @@ class Mapper:
         return None
 
     def _open_image(self, path: str, **options: Any) -> Image:  # noqa: ANN401
+        if _file_system(path) in self.own_file_systems:
+            raise ImageError(
+                f"{path}: shows a device of this mapper: name the device itself", errno.ELOOP
+            )
         image = Image(self._gate, path, **options)
         taken = {other.major_minor[1] for other in self._images}
         image.major_minor = (7, next(n for n in range(len(taken) + 1) if n not in taken))
@@ -544,6 +562,14 @@ class _Context:
         if found not in self.opened:
             self.opened.append(found)
         return found
+
+
+def _file_system(path: str) -> int | None:
+    """Return the st_dev of what a path leads to, None where it leads nowhere."""
+    try:
+        return os.stat(path).st_dev
+    except (OSError, ValueError):
+        return None
 
 
 def _close(devices: list[_core.BlockDevice]) -> None:

@@ -1,0 +1,532 @@
+# FUSE's data path: from /dev/fuse to the image and back without Python.
+#
+# Several threads take requests from the kernel. What moves bytes (READ, WRITE, FSYNC, FALLOCATE,
+# LSEEK) is answered on the spot; everything else is handed to the one Python thread that knows
+# names. A request that meets a suspended device is put aside, so that it keeps no thread from the
+# other files, and tried again when something in the mapper has changed. Numbers and layouts are
+# the kernel's (fuse(4), linux/fuse.h), in the byte order of the machine. A file handle is the
+# address of the device it opened: only the kernel sends requests, and none after the RELEASE.
+
+cdef extern from "<unistd.h>" nogil:
+    int64_t read(int fd, void *data, size_t size)
+    int64_t write(int fd, const void *data, size_t size)
+    int close(int fd)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)
+    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD
+    uint32_t EPOLLIN, EPOLLEXCLUSIVE
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initval, int flags)
+    enum: EFD_CLOEXEC
+
+cdef extern from "<errno.h>" nogil:
+    enum: EAGAIN, ENODEV, ENOENT, ENOTCONN
+
+cdef enum:
+    FUSE_READ = 15
+    FUSE_WRITE = 16
+    FUSE_FSYNC = 20
+    FUSE_FALLOCATE = 43
+    FUSE_LSEEK = 46
+    FUSE_IN_HEADER = 40
+    FUSE_OUT_HEADER = 16
+    FUSE_WRITE_DATA = 80            # where the data of a WRITE begins
+    FUSE_PAYLOAD = 1 << 20          # most bytes in a READ or WRITE
+    FUSE_PIECE = 1 << 25            # bytes of a FALLOCATE under one taking of the locks
+    FALLOC_FL_ZERO_RANGE = 16
+    FUSE_GO_ON = 16                 # a piece is done, others are left
+    FUSE_FOUND = 17                 # LSEEK ends here
+
+cdef struct fuse_in_header:
+    uint32_t len
+    uint32_t opcode
+    uint64_t unique
+    uint64_t nodeid
+    uint32_t uid
+    uint32_t gid
+    uint32_t pid
+    uint32_t extensions
+
+cdef struct fuse_out_header:
+    uint32_t len
+    int error
+    uint64_t unique
+
+cdef struct fuse_read_in:           # and the head of a WRITE
+    uint64_t fh
+    uint64_t offset
+    uint32_t size
+    uint32_t read_flags
+    uint64_t lock_owner
+    uint64_t flags
+
+cdef struct fuse_fallocate_in:
+    uint64_t fh
+    uint64_t offset
+    uint64_t length
+    uint64_t mode
+
+cdef struct fuse_lseek_in:
+    uint64_t fh
+    uint64_t offset
+    uint64_t whence
+
+# A request that waits, with its bytes behind it: in a queue of a connection.
+cdef struct fuse_request:
+    fuse_request *next
+    uint64_t done                   # bytes passed so far
+    size_t size
+
+cdef struct fuse_queue:
+    pthread_mutex_t mutex
+    fuse_request *first
+    fuse_request **end
+    port_event arrivals
+
+cdef struct fuse_connection:
+    int fd
+    int stop                        # readable from stop() on
+    uint32_t stopping
+    fuse_queue others               # requests for Python
+    fuse_queue waiting              # requests that met a suspended device
+
+cdef struct seek:
+    int whence
+    uint64_t position               # bytes of the device passed
+
+
+cdef inline uint8_t *request_bytes(fuse_request *r) noexcept nogil:
+    return <uint8_t *>r + sizeof(fuse_request)
+
+
+cdef void queue_init(fuse_queue *q) noexcept nogil:
+    pthread_mutex_init(&q.mutex, NULL)
+    port_event_init(&q.arrivals)
+    q.first = NULL
+    q.end = &q.first
+
+
+cdef void queue_destroy(fuse_queue *q) noexcept nogil:
+    cdef fuse_request *r
+    while q.first != NULL:
+        r = q.first
+        q.first = r.next
+        free(r)
+    port_event_destroy(&q.arrivals)
+    pthread_mutex_destroy(&q.mutex)
+
+
+cdef void queue_add(fuse_queue *q, fuse_request *r) noexcept nogil:
+    r.next = NULL
+    pthread_mutex_lock(&q.mutex)
+    q.end[0] = r
+    q.end = &r.next
+    pthread_mutex_unlock(&q.mutex)
+    port_event_raise(&q.arrivals)
+
+
+cdef fuse_request *queue_take(fuse_queue *q, bint everything) noexcept nogil:
+    """Take the first request, or all of them as a list; NULL where there is none."""
+    cdef fuse_request *r
+    pthread_mutex_lock(&q.mutex)
+    r = q.first
+    if r != NULL:
+        q.first = NULL if everything else r.next
+        if q.first == NULL:
+            q.end = &q.first
+    pthread_mutex_unlock(&q.mutex)
+    return r
+
+
+cdef int queue_copy(fuse_queue *q, uint8_t *request, uint64_t done) noexcept nogil:
+    """Keep a request that stands in a reader's buffer."""
+    cdef size_t size = (<fuse_in_header *>request).len
+    cdef fuse_request *r = <fuse_request *>malloc(sizeof(fuse_request) + size)
+    if r == NULL:
+        return -ENOMEM
+    r.done = done
+    r.size = size
+    memcpy(request_bytes(r), request, size)
+    queue_add(q, r)
+    return 0
+
+
+cdef int emit_seek(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
+    """Pass over data (SEEK_HOLE) or holes (SEEK_DATA), and stop at the first of the other."""
+    cdef seek *s = <seek *>b.context
+    cdef uint64_t n = length
+    cdef int64_t found
+    if image == NULL:
+        n = 0 if s.whence == SEEK_HOLE else length
+    elif not image.sparse:
+        n = 0 if s.whence == SEEK_DATA else length
+    else:
+        found = lseek(image.fd, <int64_t>offset, s.whence)
+        if found < 0 and errno != ENXIO:
+            found = <int64_t>offset if s.whence == SEEK_DATA else <int64_t>(offset + length)
+        if found >= 0:
+            n = min(length, <uint64_t>found - offset)
+    s.position += n
+    b.done += n
+    return FUSE_FOUND if n < length else 0
+
+
+cdef int fuse_seek(device *d, uint8_t *body, uint64_t *reply) noexcept nogil:
+    """SEEK_DATA and SEEK_HOLE, as lseek(2) has them: a hole is where no image holds anything."""
+    cdef fuse_lseek_in *args = <fuse_lseek_in *>body
+    cdef operation o
+    cdef seek s
+    cdef int rc
+    s.whence = <int>args.whence
+    s.position = args.offset
+    if s.whence not in (SEEK_DATA, SEEK_HOLE):
+        return -EINVAL
+    if args.offset >= d.size:
+        return -ENXIO
+    memset(&o, 0, sizeof(o))
+    o.op = OP_MAP
+    o.offset = args.offset
+    o.length = d.size - args.offset
+    o.emit = emit_seek
+    o.context = &s
+    rc = operation_run(d, &o)
+    if rc == 0 and s.whence == SEEK_DATA:
+        return -ENXIO
+    reply[0] = s.position
+    return 0 if rc == FUSE_FOUND else rc
+
+
+cdef int fuse_fallocate(device *d, uint8_t *body, uint64_t *done) noexcept nogil:
+    """Do one piece of a FALLOCATE, with the rules of a block device (blkdev_fallocate).
+
+    PUNCH_HOLE promises zeros, so only devices with no snapshot below take it as a discard.
+    """
+    cdef fuse_fallocate_in *args = <fuse_fallocate_in *>body
+    cdef uint64_t length = args.length
+    cdef operation o
+    cdef int rc
+    if not d.writable:
+        return -EPERM
+    if args.offset >= d.size:
+        return -EINVAL
+    if length > d.size - args.offset:
+        if not args.mode & FALLOC_FL_KEEP_SIZE:
+            return -EINVAL
+        length = d.size - args.offset
+    memset(&o, 0, sizeof(o))
+    if args.mode & ~<uint64_t>FALLOC_FL_KEEP_SIZE == FALLOC_FL_ZERO_RANGE:
+        o.op = OP_WRITE
+    elif args.mode == FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE and d.plain:
+        o.op = OP_DISCARD
+    else:
+        return -EOPNOTSUPP
+    if done[0] >= length:
+        return 0
+    o.offset = args.offset + done[0]
+    o.length = min(length - done[0], <uint64_t>FUSE_PIECE)
+    rc = operation_run(d, &o)
+    done[0] += o.length if rc == 0 else o.done
+    return FUSE_GO_ON if rc == 0 and done[0] < length else rc
+
+
+cdef int fuse_transfer(
+    device *d, uint8_t *request, uint8_t *data, uint64_t *done, size_t *answered
+) noexcept nogil:
+    """READ into `data`, or WRITE; what lies past the end is cut off, as a block device does it."""
+    cdef fuse_read_in *args = <fuse_read_in *>(request + FUSE_IN_HEADER)
+    cdef bint writing = (<fuse_in_header *>request).opcode == FUSE_WRITE
+    cdef operation o
+    cdef int rc
+    memset(&o, 0, sizeof(o))
+    o.offset = args.offset
+    if args.offset < d.size:
+        o.length = min(<uint64_t>args.size, d.size - args.offset)
+    if writing:
+        if not d.writable:
+            return -EPERM
+        if o.length == 0 and args.size and not d.removed:
+            return -ENOSPC
+        o.op = OP_WRITE
+        o.data = request + FUSE_WRITE_DATA
+        o.done = done[0]
+    else:
+        o.op = OP_READ
+        o.data = data
+    rc = operation_run(d, &o) if o.length or d.removed else 0
+    done[0] = o.done
+    if rc:
+        return rc
+    if writing:
+        memset(data, 0, 8)
+        memcpy(data, &o.length, 4)
+        answered[0] = 8
+    else:
+        answered[0] = o.length
+    return 0
+
+
+cdef int fuse_perform(
+    uint8_t *request, uint8_t *reply, uint64_t *done, size_t *answered
+) noexcept nogil:
+    """Do one data request, with its answer behind the head of `reply`."""
+    cdef uint8_t *body = request + FUSE_IN_HEADER
+    cdef uint32_t opcode = (<fuse_in_header *>request).opcode
+    cdef device *d = <device *><size_t>(<uint64_t *>body)[0]
+    cdef operation o
+    cdef int rc = FUSE_GO_ON
+    while rc == FUSE_GO_ON:
+        answered[0] = 0
+        port_read_lock(&d.gate.lock)
+        if opcode == FUSE_READ or opcode == FUSE_WRITE:
+            rc = fuse_transfer(d, request, reply + FUSE_OUT_HEADER, done, answered)
+        elif opcode == FUSE_FALLOCATE:
+            rc = fuse_fallocate(d, body, done)
+        elif opcode == FUSE_LSEEK:
+            rc = fuse_seek(d, body, <uint64_t *>(reply + FUSE_OUT_HEADER))
+            answered[0] = 8
+        else:
+            memset(&o, 0, sizeof(o))
+            o.op = OP_FLUSH
+            rc = operation_run(d, &o)
+        port_read_unlock(&d.gate.lock)
+    return rc
+
+
+cdef int fuse_reply(
+    fuse_connection *c, uint8_t *request, uint8_t *reply, size_t answered, int rc
+) noexcept nogil:
+    """Answer a request; -ENODEV once the file system is unmounted."""
+    cdef fuse_out_header *head = <fuse_out_header *>reply
+    head.len = <uint32_t>(FUSE_OUT_HEADER + (answered if rc == 0 else 0))
+    head.error = rc
+    head.unique = (<fuse_in_header *>request).unique
+    if write(c.fd, reply, head.len) < 0 and errno == ENODEV:
+        return -ENODEV
+    return 0                        # ENOENT: nobody waits for it any more
+
+
+cdef int fuse_receive(fuse_connection *c, int wake, uint8_t *request) noexcept nogil:
+    """Read a request; 0 when there will be none any more."""
+    cdef epoll_event event
+    cdef int64_t n
+    while not port_load32(&c.stopping):
+        n = read(c.fd, request, FUSE_WRITE_DATA + FUSE_PAYLOAD)
+        if n > 0:
+            return 1
+        if n == 0 or errno == ENODEV:
+            return 0
+        if errno == EAGAIN:
+            epoll_wait(wake, &event, 1, -1)
+        elif errno not in (EINTR, ENOENT):
+            return -errno
+    return 0
+
+
+cdef int fuse_serve(fuse_connection *c, int wake, uint8_t *request, uint8_t *reply) noexcept nogil:
+    """Answer data requests and hand on the others, until the end."""
+    cdef fuse_in_header *head = <fuse_in_header *>request
+    cdef size_t answered = 0
+    cdef uint64_t done
+    cdef int rc
+    while True:
+        rc = fuse_receive(c, wake, request)
+        if rc <= 0:
+            return rc
+        if head.opcode not in (FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_FALLOCATE, FUSE_LSEEK):
+            if queue_copy(&c.others, request, 0):
+                fuse_reply(c, request, reply, 0, -ENOMEM)
+            continue
+        done = 0
+        rc = fuse_perform(request, reply, &done, &answered)
+        if rc > 0:
+            rc = queue_copy(&c.waiting, request, done)
+            if rc == 0:
+                continue
+        if fuse_reply(c, request, reply, answered, rc):
+            return 0
+
+
+cdef int fuse_retry(fuse_connection *c, gate *g, uint8_t *reply) noexcept nogil:
+    """Try what waits for a suspended device whenever something has changed, until the end."""
+    cdef fuse_queue *q = &c.waiting
+    cdef fuse_request *r
+    cdef fuse_request *following
+    cdef uint64_t changes, arrived
+    cdef size_t answered = 0
+    cdef int rc
+    while not port_load32(&c.stopping):
+        arrived = port_event_count(&q.arrivals)
+        changes = port_event_count(&g.changes)
+        r = queue_take(q, True)
+        if r == NULL:
+            port_event_wait(&q.arrivals, arrived, 1000)
+            continue
+        while r != NULL:
+            following = r.next
+            rc = fuse_perform(request_bytes(r), reply, &r.done, &answered)
+            if rc > 0:
+                queue_add(q, r)
+            else:
+                fuse_reply(c, request_bytes(r), reply, answered, rc)
+                free(r)
+            r = following
+        port_event_wait(&g.changes, changes, 100)
+    return 0
+
+
+@cython.final
+cdef class FuseConnection:
+    """The requests of one mounted file system, from a descriptor of /dev/fuse that does not block.
+
+    serve() and retry() run in threads of their own until stop() or the unmount. The descriptor
+    stays the caller's, who answers what take() returns.
+    """
+
+    cdef fuse_connection c
+    cdef readonly Gate gate
+
+    def __cinit__(self, int fd, Gate gate not None):
+        queue_init(&self.c.others)
+        queue_init(&self.c.waiting)
+        self.gate = gate
+        self.c.fd = fd
+        self.c.stop = eventfd(0, EFD_CLOEXEC)
+        if self.c.stop < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        if self.c.stop >= 0:
+            close(self.c.stop)
+        queue_destroy(&self.c.waiting)
+        queue_destroy(&self.c.others)
+
+    @property
+    def stopped(self):
+        """Whether serve(), retry() and take() are to end."""
+        return port_load32(&self.c.stopping) != 0
+
+    @staticmethod
+    def handle(BlockDevice device not None):
+        """Return the file handle of a device; while files are open its user keeps the device."""
+        return <size_t>&device.d
+
+    def serve(self):
+        """Answer data requests until the file system is unmounted, or stop() is called."""
+        cdef uint8_t *memory
+        cdef epoll_event event
+        cdef int rc = 0
+        cdef int wake = epoll_create1(EPOLL_CLOEXEC)
+        if wake < 0:
+            raise OSError(errno, os.strerror(errno))
+        memory = <uint8_t *>mmap(NULL, 2 * (FUSE_PAYLOAD + PAGE), PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if memory == <uint8_t *>MAP_FAILED:
+            close(wake)
+            raise MemoryError("no memory for the requests of a file system")
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLIN
+        if epoll_ctl(wake, EPOLL_CTL_ADD, self.c.stop, &event):
+            rc = -errno
+        event.events = EPOLLIN | EPOLLEXCLUSIVE     # a request wakes one thread, not all
+        if rc == 0 and epoll_ctl(wake, EPOLL_CTL_ADD, self.c.fd, &event):
+            rc = -errno
+        if rc == 0:
+            with nogil:
+                # Data begins at a page: the kernel moves it page by page.
+                rc = fuse_serve(
+                    &self.c, wake, memory + PAGE - FUSE_WRITE_DATA,
+                    memory + FUSE_PAYLOAD + 2 * PAGE - FUSE_OUT_HEADER)
+        munmap(memory, 2 * (FUSE_PAYLOAD + PAGE))
+        close(wake)
+        if rc:
+            raise OSError(-rc, os.strerror(-rc))
+
+    def retry(self):
+        """Try what waits for suspended devices again and again, until stop() is called."""
+        cdef uint8_t *reply = <uint8_t *>malloc(FUSE_OUT_HEADER + FUSE_PAYLOAD)
+        if reply == NULL:
+            raise MemoryError("no memory for the requests of a file system")
+        with nogil:
+            fuse_retry(&self.c, &self.gate.g, reply)
+        free(reply)
+
+    def take(self, long milliseconds):
+        """Return the next request that is not about data, None if none comes in time."""
+        cdef fuse_request *r
+        cdef uint64_t seen
+        with nogil:
+            seen = port_event_count(&self.c.others.arrivals)
+            r = queue_take(&self.c.others, False)
+            if r == NULL and not port_load32(&self.c.stopping):
+                port_event_wait(&self.c.others.arrivals, seen, milliseconds)
+                r = queue_take(&self.c.others, False)
+        if r == NULL:
+            return None
+        try:
+            return PyBytes_FromStringAndSize(<char *>request_bytes(r), <Py_ssize_t>r.size)
+        finally:
+            free(r)
+
+    def waiting(self):
+        """Return (request, thread that made it) of all that waits for a suspended device."""
+        cdef fuse_queue *q = &self.c.waiting
+        cdef fuse_in_header *head
+        cdef fuse_request *r
+        cdef uint64_t *found = NULL
+        cdef size_t count = 0, i
+        pthread_mutex_lock(&q.mutex)
+        r = q.first
+        while r != NULL:
+            count += 1
+            r = r.next
+        found = <uint64_t *>malloc((2 * count + 1) * sizeof(uint64_t))
+        r = q.first if found != NULL else NULL
+        for i in range(count if r != NULL else 0):
+            head = <fuse_in_header *>request_bytes(r)
+            found[2 * i] = head.unique
+            found[2 * i + 1] = head.pid
+            r = r.next
+        pthread_mutex_unlock(&q.mutex)
+        if found == NULL:
+            raise MemoryError("no memory for the requests of a file system")
+        try:
+            return [(found[2 * i], found[2 * i + 1]) for i in range(count)]
+        finally:
+            free(found)
+
+    def give_up(self, uint64_t unique):
+        """Answer a request that waits for a suspended device with EINTR."""
+        cdef uint8_t reply[FUSE_OUT_HEADER]
+        cdef fuse_queue *q = &self.c.waiting
+        cdef fuse_request **link = &q.first
+        cdef fuse_request *found = NULL
+        pthread_mutex_lock(&q.mutex)
+        while link[0] != NULL:
+            if (<fuse_in_header *>request_bytes(link[0])).unique == unique:
+                found = link[0]
+                link[0] = found.next
+                if found.next == NULL:
+                    q.end = link
+                break
+            link = &link[0].next
+        pthread_mutex_unlock(&q.mutex)
+        if found != NULL:
+            fuse_reply(&self.c, request_bytes(found), reply, 0, -EINTR)
+            free(found)
+
+    def stop(self):
+        """End serve(), retry() and take() in their threads, after the requests under way."""
+        cdef uint64_t one = 1
+        port_store32(&self.c.stopping, 1)
+        write(self.c.stop, &one, 8)
+        port_event_raise(&self.c.waiting.arrivals)
+        port_event_raise(&self.c.others.arrivals)
