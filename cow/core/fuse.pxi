@@ -1,11 +1,12 @@
 # FUSE's data path: from /dev/fuse to the image and back without Python.
 #
-# Several threads take requests from the kernel. What moves bytes (READ, WRITE, FSYNC, FALLOCATE,
-# LSEEK) is answered on the spot; everything else is handed to the one Python thread that knows
-# names. A request that meets a suspended device is put aside, so that it keeps no thread from the
-# other files, and tried again when something in the mapper has changed. Numbers and layouts are
-# the kernel's (fuse(4), linux/fuse.h), in the byte order of the machine. A file handle is the
-# address of the device it opened: only the kernel sends requests, and none after the RELEASE.
+# A few threads take requests from the kernel and answer READ, WRITE and LSEEK on the spot. So that
+# none of them is kept from the other files for long, there are queues for everything else: for what
+# waits for a disk (FSYNC, FALLOCATE), for writes that must break sharing, for requests that met a
+# suspended device and are tried again when something in the mapper has changed, and for what is
+# about names, which one Python thread answers. Numbers and layouts are the kernel's (fuse(4),
+# linux/fuse.h), in the byte order of the machine. A file handle is the address of the device it
+# opened: only the kernel sends requests, and none after the RELEASE.
 
 cdef extern from "<unistd.h>" nogil:
     int64_t read(int fd, void *data, size_t size)
@@ -41,6 +42,8 @@ cdef enum:
     FUSE_OUT_HEADER = 16
     FUSE_WRITE_DATA = 80            # where the data of a WRITE begins
     FUSE_PAYLOAD = 1 << 20          # most bytes in a READ or WRITE
+    FUSE_MEMORY = 2 * (FUSE_PAYLOAD + PAGE)
+    FUSE_GATHER = 1 << 16           # longer writes gain nothing from being prepared together
     FUSE_PIECE = 1 << 25            # bytes of a FALLOCATE under one taking of the locks
     FALLOC_FL_ZERO_RANGE = 16
     FUSE_GO_ON = 16                 # a piece is done, others are left
@@ -94,10 +97,14 @@ cdef struct fuse_queue:
 
 cdef struct fuse_connection:
     int fd
+    gate *gate
     int stop                        # readable from stop() on
     uint32_t stopping
     fuse_queue others               # requests for Python
+    fuse_queue slow                 # data requests that take long, and those that waited
     fuse_queue waiting              # requests that met a suspended device
+    fuse_queue sharing              # writes that must break sharing
+    bint gathering                  # a thread does them; guarded by the mutex of that queue
 
 cdef struct seek:
     int whence
@@ -147,15 +154,23 @@ cdef fuse_request *queue_take(fuse_queue *q, bint everything) noexcept nogil:
     return r
 
 
-cdef int queue_copy(fuse_queue *q, uint8_t *request, uint64_t done) noexcept nogil:
+cdef bint queue_is_empty(fuse_queue *q) noexcept nogil:
+    cdef bint empty
+    pthread_mutex_lock(&q.mutex)
+    empty = q.first == NULL
+    pthread_mutex_unlock(&q.mutex)
+    return empty
+
+
+cdef int queue_copy(fuse_queue *q, uint8_t *message, uint64_t done) noexcept nogil:
     """Keep a request that stands in a reader's buffer."""
-    cdef size_t size = (<fuse_in_header *>request).len
+    cdef size_t size = (<fuse_in_header *>message).len
     cdef fuse_request *r = <fuse_request *>malloc(sizeof(fuse_request) + size)
     if r == NULL:
         return -ENOMEM
     r.done = done
     r.size = size
-    memcpy(request_bytes(r), request, size)
+    memcpy(request_bytes(r), message, size)
     queue_add(q, r)
     return 0
 
@@ -239,12 +254,16 @@ cdef int fuse_fallocate(device *d, uint8_t *body, uint64_t *done) noexcept nogil
 
 
 cdef int fuse_transfer(
-    device *d, uint8_t *request, uint8_t *data, uint64_t *done, size_t *answered
+    device *d, uint8_t *message, uint8_t *data, uint64_t *done, size_t *answered, bint in_place
 ) noexcept nogil:
-    """READ into `data`, or WRITE; what lies past the end is cut off, as a block device does it."""
-    cdef fuse_read_in *args = <fuse_read_in *>(request + FUSE_IN_HEADER)
-    cdef bint writing = (<fuse_in_header *>request).opcode == FUSE_WRITE
+    """READ into `data`, or WRITE; what lies past the end is cut off, as a block device does it.
+
+    A write that is to be done `in_place` answers BIO_SHARED where it would change a snapshot.
+    """
+    cdef fuse_read_in *args = <fuse_read_in *>(message + FUSE_IN_HEADER)
+    cdef bint writing = (<fuse_in_header *>message).opcode == FUSE_WRITE
     cdef operation o
+    cdef bio b
     cdef int rc
     memset(&o, 0, sizeof(o))
     o.offset = args.offset
@@ -256,12 +275,17 @@ cdef int fuse_transfer(
         if o.length == 0 and args.size and not d.removed:
             return -ENOSPC
         o.op = OP_WRITE
-        o.data = request + FUSE_WRITE_DATA
+        o.data = message + FUSE_WRITE_DATA
         o.done = done[0]
     else:
         o.op = OP_READ
         o.data = data
-    rc = operation_run(d, &o) if o.length or d.removed else 0
+    if writing and in_place and o.length and not d.removed:
+        bio_init(&b, WRITE, emit_write, o.data + o.done)
+        rc = request(d, &b, o.offset + o.done, o.length - o.done)
+        o.done += b.done
+    else:
+        rc = operation_run(d, &o) if o.length or d.removed else 0
     done[0] = o.done
     if rc:
         return rc
@@ -275,11 +299,11 @@ cdef int fuse_transfer(
 
 
 cdef int fuse_perform(
-    uint8_t *request, uint8_t *reply, uint64_t *done, size_t *answered
+    uint8_t *message, uint8_t *reply, uint64_t *done, size_t *answered, bint in_place
 ) noexcept nogil:
     """Do one data request, with its answer behind the head of `reply`."""
-    cdef uint8_t *body = request + FUSE_IN_HEADER
-    cdef uint32_t opcode = (<fuse_in_header *>request).opcode
+    cdef uint8_t *body = message + FUSE_IN_HEADER
+    cdef uint32_t opcode = (<fuse_in_header *>message).opcode
     cdef device *d = <device *><size_t>(<uint64_t *>body)[0]
     cdef operation o
     cdef int rc = FUSE_GO_ON
@@ -287,7 +311,7 @@ cdef int fuse_perform(
         answered[0] = 0
         port_read_lock(&d.gate.lock)
         if opcode == FUSE_READ or opcode == FUSE_WRITE:
-            rc = fuse_transfer(d, request, reply + FUSE_OUT_HEADER, done, answered)
+            rc = fuse_transfer(d, message, reply + FUSE_OUT_HEADER, done, answered, in_place)
         elif opcode == FUSE_FALLOCATE:
             rc = fuse_fallocate(d, body, done)
         elif opcode == FUSE_LSEEK:
@@ -302,24 +326,122 @@ cdef int fuse_perform(
 
 
 cdef int fuse_reply(
-    fuse_connection *c, uint8_t *request, uint8_t *reply, size_t answered, int rc
+    fuse_connection *c, uint8_t *message, uint8_t *reply, size_t answered, int rc
 ) noexcept nogil:
     """Answer a request; -ENODEV once the file system is unmounted."""
     cdef fuse_out_header *head = <fuse_out_header *>reply
     head.len = <uint32_t>(FUSE_OUT_HEADER + (answered if rc == 0 else 0))
     head.error = rc
-    head.unique = (<fuse_in_header *>request).unique
+    head.unique = (<fuse_in_header *>message).unique
     if write(c.fd, reply, head.len) < 0 and errno == ENODEV:
         return -ENODEV
     return 0                        # ENOENT: nobody waits for it any more
 
 
-cdef int fuse_receive(fuse_connection *c, int wake, uint8_t *request) noexcept nogil:
+cdef int fuse_handle(fuse_connection *c, uint8_t *message, uint8_t *reply) noexcept nogil:
+    """Answer a request that has just arrived, or give it to those who do; -ENODEV at the end."""
+    cdef uint32_t opcode = (<fuse_in_header *>message).opcode
+    cdef uint64_t done = 0
+    cdef size_t answered = 0
+    cdef int rc
+    if opcode in (FUSE_READ, FUSE_WRITE, FUSE_LSEEK):
+        rc = fuse_perform(message, reply, &done, &answered, True)
+        if rc == BIO_SHARED or rc == BIO_HELD:
+            return fuse_gather(c, message, reply, done)
+        if rc > 0:
+            rc = queue_copy(&c.waiting, message, done)
+            if rc == 0:
+                return 0
+    else:
+        rc = queue_copy(
+            &c.slow if opcode in (FUSE_FSYNC, FUSE_FALLOCATE) else &c.others, message, 0)
+        if rc == 0:
+            return 0
+    return fuse_reply(c, message, reply, answered, rc)
+
+
+cdef int fuse_finish(fuse_connection *c, fuse_request *r, uint8_t *reply) noexcept nogil:
+    """Answer a request that was taken from a queue, or let it wait for a suspended device."""
+    cdef size_t answered = 0
+    cdef int rc = fuse_perform(request_bytes(r), reply, &r.done, &answered, False)
+    if rc > 0:
+        queue_add(&c.waiting, r)
+        return 0
+    rc = fuse_reply(c, request_bytes(r), reply, answered, rc)
+    free(r)
+    return rc
+
+
+cdef int fuse_gather(
+    fuse_connection *c, uint8_t *message, uint8_t *reply, uint64_t done
+) noexcept nogil:
+    """Take up a write that must break sharing; one thread does all that arrive meanwhile.
+
+    So they are prepared together and committed together, with one pair of barriers, and hold up no
+    other thread. Each is answered by itself afterwards; whatever went wrong here shows then.
+    """
+    cdef fuse_request *r
+    cdef fuse_request *following
+    cdef size_t answered = 0
+    cdef int rc
+    if (<fuse_in_header *>message).len > FUSE_GATHER or queue_copy(&c.sharing, message, done):
+        rc = fuse_perform(message, reply, &done, &answered, False)
+        if rc > 0:
+            rc = queue_copy(&c.waiting, message, done)
+            if rc == 0:
+                return 0
+        return fuse_reply(c, message, reply, answered, rc)
+    rc = 0
+    while gathering_begins(c):
+        r = queue_take(&c.sharing, True)
+        fuse_prepare(c, r)
+        while r != NULL:
+            following = r.next
+            rc = fuse_finish(c, r, reply)
+            r = following
+        pthread_mutex_lock(&c.sharing.mutex)
+        c.gathering = False
+        pthread_mutex_unlock(&c.sharing.mutex)
+    return rc
+
+
+cdef bint gathering_begins(fuse_connection *c) noexcept nogil:
+    """Become the thread that breaks sharing, if there is something to do and nobody is at it."""
+    cdef bint begins
+    pthread_mutex_lock(&c.sharing.mutex)
+    begins = not c.gathering and c.sharing.first != NULL
+    if begins:
+        c.gathering = True
+    pthread_mutex_unlock(&c.sharing.mutex)
+    return begins
+
+
+cdef void fuse_prepare(fuse_connection *c, fuse_request *r) noexcept nogil:
+    """Break sharing for a list of writes, as far as that goes without an error."""
+    cdef commit_group group
+    cdef fuse_read_in *args
+    cdef device *d
+    cdef bio b
+    group.count = 0
+    port_read_lock(&c.gate.lock)
+    while r != NULL:
+        args = <fuse_read_in *>(request_bytes(r) + FUSE_IN_HEADER)
+        d = <device *><size_t>args.fh
+        bio_init(&b, PREPARE, emit_nothing, request_bytes(r) + FUSE_WRITE_DATA + r.done)
+        b.group = &group
+        if args.size <= r.done or device_map(d, &b, args.offset + r.done, args.size - r.done):
+            break
+        r = r.next
+    group_commit(&group)
+    port_read_unlock(&c.gate.lock)
+
+
+cdef int fuse_receive(fuse_connection *c, int wake, uint8_t *message) noexcept nogil:
     """Read a request; 0 when there will be none any more."""
     cdef epoll_event event
     cdef int64_t n
     while not port_load32(&c.stopping):
-        n = read(c.fd, request, FUSE_WRITE_DATA + FUSE_PAYLOAD)
+        n = read(c.fd, message, FUSE_WRITE_DATA + FUSE_PAYLOAD)
         if n > 0:
             return 1
         if n == 0 or errno == ENODEV:
@@ -331,64 +453,55 @@ cdef int fuse_receive(fuse_connection *c, int wake, uint8_t *request) noexcept n
     return 0
 
 
-cdef int fuse_serve(fuse_connection *c, int wake, uint8_t *request, uint8_t *reply) noexcept nogil:
-    """Answer data requests and hand on the others, until the end."""
-    cdef fuse_in_header *head = <fuse_in_header *>request
-    cdef size_t answered = 0
-    cdef uint64_t done
+cdef int fuse_serve(fuse_connection *c, int wake, uint8_t *message, uint8_t *reply) noexcept nogil:
+    """Take requests from the kernel until the end."""
     cdef int rc
     while True:
-        rc = fuse_receive(c, wake, request)
+        rc = fuse_receive(c, wake, message)
         if rc <= 0:
             return rc
-        if head.opcode not in (FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_FALLOCATE, FUSE_LSEEK):
-            if queue_copy(&c.others, request, 0):
-                fuse_reply(c, request, reply, 0, -ENOMEM)
-            continue
-        done = 0
-        rc = fuse_perform(request, reply, &done, &answered)
-        if rc > 0:
-            rc = queue_copy(&c.waiting, request, done)
-            if rc == 0:
-                continue
-        if fuse_reply(c, request, reply, answered, rc):
+        if fuse_handle(c, message, reply):
             return 0
 
 
-cdef int fuse_retry(fuse_connection *c, gate *g, uint8_t *reply) noexcept nogil:
-    """Try what waits for a suspended device whenever something has changed, until the end."""
-    cdef fuse_queue *q = &c.waiting
+cdef void fuse_work(fuse_connection *c, uint8_t *reply) noexcept nogil:
+    """Answer what takes long, until the end."""
+    cdef fuse_request *r
+    cdef uint64_t seen
+    while not port_load32(&c.stopping):
+        seen = port_event_count(&c.slow.arrivals)
+        r = queue_take(&c.slow, False)
+        if r != NULL:
+            fuse_finish(c, r, reply)
+        else:
+            port_event_wait(&c.slow.arrivals, seen, 1000)
+
+
+cdef void fuse_retry(fuse_connection *c) noexcept nogil:
+    """Have what waits for a suspended device tried again when something has changed."""
     cdef fuse_request *r
     cdef fuse_request *following
     cdef uint64_t changes, arrived
-    cdef size_t answered = 0
-    cdef int rc
     while not port_load32(&c.stopping):
-        arrived = port_event_count(&q.arrivals)
-        changes = port_event_count(&g.changes)
-        r = queue_take(q, True)
-        if r == NULL:
-            port_event_wait(&q.arrivals, arrived, 1000)
+        arrived = port_event_count(&c.waiting.arrivals)
+        changes = port_event_count(&c.gate.changes)
+        if queue_is_empty(&c.waiting):
+            port_event_wait(&c.waiting.arrivals, arrived, 1000)
             continue
+        port_event_wait(&c.gate.changes, changes, 100)
+        r = queue_take(&c.waiting, True)
         while r != NULL:
             following = r.next
-            rc = fuse_perform(request_bytes(r), reply, &r.done, &answered)
-            if rc > 0:
-                queue_add(q, r)
-            else:
-                fuse_reply(c, request_bytes(r), reply, answered, rc)
-                free(r)
+            queue_add(&c.slow, r)
             r = following
-        port_event_wait(&g.changes, changes, 100)
-    return 0
 
 
 @cython.final
 cdef class FuseConnection:
     """The requests of one mounted file system, from a descriptor of /dev/fuse that does not block.
 
-    serve() and retry() run in threads of their own until stop() or the unmount. The descriptor
-    stays the caller's, who answers what take() returns.
+    serve(), work() and retry() run in threads of their own until stop(); serve() ends when the file
+    system is unmounted, too. The descriptor stays the caller's, who answers what take() returns.
     """
 
     cdef fuse_connection c
@@ -396,9 +509,12 @@ cdef class FuseConnection:
 
     def __cinit__(self, int fd, Gate gate not None):
         queue_init(&self.c.others)
+        queue_init(&self.c.slow)
         queue_init(&self.c.waiting)
+        queue_init(&self.c.sharing)
         self.gate = gate
         self.c.fd = fd
+        self.c.gate = &gate.g
         self.c.stop = eventfd(0, EFD_CLOEXEC)
         if self.c.stop < 0:
             raise OSError(errno, os.strerror(errno))
@@ -406,12 +522,14 @@ cdef class FuseConnection:
     def __dealloc__(self):
         if self.c.stop >= 0:
             close(self.c.stop)
+        queue_destroy(&self.c.sharing)
         queue_destroy(&self.c.waiting)
+        queue_destroy(&self.c.slow)
         queue_destroy(&self.c.others)
 
     @property
     def stopped(self):
-        """Whether serve(), retry() and take() are to end."""
+        """Whether serve(), work(), retry() and take() are to end."""
         return port_load32(&self.c.stopping) != 0
 
     @staticmethod
@@ -427,7 +545,7 @@ cdef class FuseConnection:
         cdef int wake = epoll_create1(EPOLL_CLOEXEC)
         if wake < 0:
             raise OSError(errno, os.strerror(errno))
-        memory = <uint8_t *>mmap(NULL, 2 * (FUSE_PAYLOAD + PAGE), PROT_READ | PROT_WRITE,
+        memory = <uint8_t *>mmap(NULL, FUSE_MEMORY, PROT_READ | PROT_WRITE,
                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if memory == <uint8_t *>MAP_FAILED:
             close(wake)
@@ -442,22 +560,26 @@ cdef class FuseConnection:
         if rc == 0:
             with nogil:
                 # Data begins at a page: the kernel moves it page by page.
-                rc = fuse_serve(
-                    &self.c, wake, memory + PAGE - FUSE_WRITE_DATA,
-                    memory + FUSE_PAYLOAD + 2 * PAGE - FUSE_OUT_HEADER)
-        munmap(memory, 2 * (FUSE_PAYLOAD + PAGE))
+                rc = fuse_serve(&self.c, wake, memory + PAGE - FUSE_WRITE_DATA,
+                                memory + FUSE_PAYLOAD + 2 * PAGE - FUSE_OUT_HEADER)
+        munmap(memory, FUSE_MEMORY)
         close(wake)
         if rc:
             raise OSError(-rc, os.strerror(-rc))
 
-    def retry(self):
-        """Try what waits for suspended devices again and again, until stop() is called."""
+    def work(self):
+        """Answer the requests that take long, until stop() is called."""
         cdef uint8_t *reply = <uint8_t *>malloc(FUSE_OUT_HEADER + FUSE_PAYLOAD)
         if reply == NULL:
             raise MemoryError("no memory for the requests of a file system")
         with nogil:
-            fuse_retry(&self.c, &self.gate.g, reply)
+            fuse_work(&self.c, reply)
         free(reply)
+
+    def retry(self):
+        """Have what waits for suspended devices tried again and again, until stop() is called."""
+        with nogil:
+            fuse_retry(&self.c)
 
     def take(self, long milliseconds):
         """Return the next request that is not about data, None if none comes in time."""
@@ -524,9 +646,10 @@ cdef class FuseConnection:
             free(found)
 
     def stop(self):
-        """End serve(), retry() and take() in their threads, after the requests under way."""
+        """End serve(), work(), retry() and take() in their threads, after what is under way."""
         cdef uint64_t one = 1
         port_store32(&self.c.stopping, 1)
         write(self.c.stop, &one, 8)
+        port_event_raise(&self.c.slow.arrivals)
         port_event_raise(&self.c.waiting.arrivals)
         port_event_raise(&self.c.others.arrivals)

@@ -110,7 +110,10 @@ PAGE = 4096
 MAX_BACKGROUND = 1024
 """Requests under way that nobody sleeps for: so many may wait for a suspended device before they
 keep others from being sent."""
-THREADS = 8
+THREADS = 4
+"""So many take requests from the kernel; more of them spend their time on waking each other."""
+SLOW_THREADS = 4
+"""So many wait for disks."""
 KILLED_SECONDS = 0.1
 """How often it is looked whether a process that waits for a suspended device was killed."""
 FORGET_SECONDS = 10.0
@@ -166,7 +169,9 @@ class FuseMount:
             raise
         self._device = fusermount.mounted(self.directory) or 0
         self.mapper.own_file_systems.add(self._device)
-        for job in [self._serve] * self._readers + [self._retry, self._files.run]:
+        connection = self._files.connection
+        slow = [connection.work] * SLOW_THREADS
+        for job in [self._serve] * self._readers + slow + [connection.retry, self._files.run]:
             thread = threading.Thread(target=job, name="cow-fuse", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -198,10 +203,6 @@ class FuseMount:
             log.exception("%s: not served any more", self.directory)
         finally:
             connection.stop()
-
-    def _retry(self) -> None:
-        assert self._files is not None
-        self._files.connection.retry()
 
     def __enter__(self) -> FuseMount:
         self.start()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cow.errors import CowOSError, DeviceBusy
 
 SUBTYPE = "cow"
-OPTIONS = f"fsname=cow,subtype={SUBTYPE},default_permissions,nosuid,nodev,noexec"
+OPTIONS = f"fsname=cow-dm,subtype={SUBTYPE},default_permissions,nosuid,nodev,noexec"
 """Nobody but the user who mounts gets in: there is no allow_other."""
 FUSERMOUNT_SECONDS = 60
 
