@@ -65,7 +65,7 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHIIH22x")
 ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
 ENTRY_OUT = struct.Struct("=QQQQII")
 ATTR_OUT = struct.Struct("=QII")
-SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIII4x")
+SETATTR_IN = struct.Struct("=I12xQ44xI4xII4x")
 OPEN_OUT = struct.Struct("=QIi")
 READ_IN = struct.Struct("=QQI")
 DIRENT = struct.Struct("=QQII")
@@ -403,8 +403,11 @@ class _Files:
         return ATTR_OUT.pack(0, 0, 0) + self._attributes(number)
 
     def _setattr(self, number: int, body: bytes) -> bytes:
-        """Refuse what would change a device. Opening with O_TRUNC, a size of 0, changes nothing."""
-        valid, _, size, _, _, _, _, _, _, _, mode, _, uid, gid = SETATTR_IN.unpack_from(body)
+        """Refuse what would change a device, but not O_TRUNC (a size of 0), nor times.
+
+        Both change nothing, as on a block device.
+        """
+        valid, size, mode, uid, gid = SETATTR_IN.unpack_from(body)
         if number == ROOT:
             raise _Refused(errno.EPERM)
         device = self._device(number)
