@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import stat
+from typing import Any
 
 from cow import _core
 from cow.errors import ImageError, ImageLocked, ImageNotFound, InvalidArgument
@@ -100,6 +101,75 @@ class Image(_core.FileDevice):
 
     def __repr__(self) -> str:
         return f"<Image {self.path} {self.sectors} sectors>"
+
+
+class OpenImages:
+    """The images of a mapper: a file is open once, however many tables name it.
+
+    `own_file_systems` are the st_dev of file systems that show the mapper's devices: no image may
+    lie there, because a request on it would wait for another one behind it.
+    """
+
+    def __init__(self, gate: _core.Gate) -> None:
+        self.own_file_systems: set[int] = set()
+        self._gate = gate
+        self._images: list[Image] = []
+
+    def find(self, path: str) -> Image | None:
+        """Return the image that is open at a path, if there is one."""
+        self._images[:] = [image for image in self._images if not image.removed]
+        for image in self._images:
+            if image.is_file(path):
+                return image
+        return None
+
+    def open(self, path: str, **options: Any) -> Image:  # noqa: ANN401
+        """Open an image, numbered as a loop device; the options are those of Image."""
+        if _file_system(path) in self.own_file_systems:
+            raise ImageError(
+                f"{path}: shows a device of this mapper: name the device itself", errno.ELOOP
+            )
+        image = Image(self._gate, path, **options)
+        taken = {other.major_minor[1] for other in self._images}
+        image.major_minor = (7, next(n for n in range(len(taken) + 1) if n not in taken))
+        self._images.append(image)
+        return image
+
+    def get(self, path: str, *, writable: bool) -> Image:
+        """Return the image at a path, opened if it is not, for writing too where that is asked."""
+        image = self.find(path)
+        if image is None:
+            return self.open(path, readonly=not writable)
+        if writable and not image.writable:
+            if image.kept:
+                raise ImageError(f"{path}: the image was opened read-only", errno.EACCES)
+            with self._gate:
+                image.make_writable()
+        return image
+
+    def close(self) -> None:
+        """Close all."""
+        for image in self._images:
+            if not image.removed:
+                with image.gate:
+                    image.close()
+        self._images.clear()
+
+
+def close_unused(devices: list[_core.BlockDevice]) -> None:
+    """Close those that are images which nobody needs any more."""
+    for device in devices:
+        if isinstance(device, Image) and not device.holders and not device.kept:
+            with device.gate:
+                device.close()
+
+
+def _file_system(path: str) -> int | None:
+    """Return the st_dev of what a path leads to, None where it leads nowhere."""
+    try:
+        return os.stat(path).st_dev
+    except (OSError, ValueError):
+        return None
 
 
 def _open(path: str, readonly: bool) -> int:

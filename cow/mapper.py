@@ -5,9 +5,7 @@ Each verb does what the dmsetup command of its name does, with the kernel's rule
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
 import re
 import threading
 import weakref
@@ -26,13 +24,12 @@ from cow.device import (
 from cow.errors import (
     DeviceBusy,
     DeviceNotFound,
-    ImageError,
     InvalidArgument,
     TableError,
     TableFormatError,
     TargetError,
 )
-from cow.image import Image
+from cow.image import Image, OpenImages, close_unused
 from cow.table import ConciseDevice, Table, format_concise, parse_concise, quote_arg
 from cow.target import NameOf, Target, all_targets
 from cow.targets.snapshot import SnapshotTarget
@@ -68,8 +65,7 @@ class Mapper:
     (copies and exceptions are flushed in the kernel's order), "process" the death of the process
     (they are stored in that order, and the page cache keeps them).
 
-    `own_file_systems` are the st_dev of file systems that show these devices: no image may lie
-    there, because a request on it would wait for another one behind it.
+    `images` are the files that stand under the devices.
     """
 
     def __init__(self, *, durability: str = "power") -> None:
@@ -80,9 +76,8 @@ class Mapper:
         self._lock = threading.RLock()
         self._closed = False
         self._devices: dict[str, Device] = {}
-        self._images: list[Image] = []
-        self.own_file_systems: set[int] = set()
-        self._finalizer = weakref.finalize(self, _shut_down, self._devices, self._images)
+        self.images = OpenImages(self._gate)
+        self._finalizer = weakref.finalize(self, _shut_down, self._devices, self.images)
 
     # Life and death.
 
@@ -396,10 +391,9 @@ class Mapper:
 
         `size` in bytes larger than the file's: the device has that size, the file grows on demand.
         """
-        image = self._find_image(str(path))
-        if image is not None:
+        if self.images.find(str(path)) is not None:
             raise DeviceBusy(f"{path}: the image is open already")
-        image = self._open_image(
+        image = self.images.open(
             str(path), size=size, readonly=readonly, logical_block_size=logical_block_size
         )
         image.kept += 1
@@ -414,7 +408,7 @@ class Mapper:
         device = self._find_device(name)
         if device is not None:
             return device
-        image = self._get_image(name, writable=not readonly)
+        image = self.images.get(name, writable=not readonly)
         image.kept += 1
         return image
 
@@ -423,7 +417,7 @@ class Mapper:
         """Let go of what `use` returned."""
         if isinstance(device, Image) and not device.removed:
             device.kept -= 1
-            _close([device])
+            close_unused([device])
 
     # Inside.
 
@@ -457,11 +451,11 @@ class Mapper:
         try:
             table = Table(text, context)
         except TableError as error:
-            _close(context.opened)
+            close_unused(context.opened)
             kind = TableFormatError if isinstance(error, TableFormatError) else TableError
             raise kind(error.text, error.errno, device=device.name, line=error.line) from error
         except BaseException:
-            _close(context.opened)
+            close_unused(context.opened)
             raise
         for below in context.opened:
             below.holders.append(table)
@@ -480,35 +474,6 @@ class Mapper:
     def _remove(self, device: Device) -> None:
         del self._devices[device.name]
         device.remove()
-
-    def _find_image(self, path: str) -> Image | None:
-        self._images[:] = [image for image in self._images if not image.removed]
-        for image in self._images:
-            if image.is_file(path):
-                return image
-        return None
-
-    def _open_image(self, path: str, **options: Any) -> Image:  # noqa: ANN401
-        if _file_system(path) in self.own_file_systems:
-            raise ImageError(
-                f"{path}: shows a device of this mapper: name the device itself", errno.ELOOP
-            )
-        image = Image(self._gate, path, **options)
-        taken = {other.major_minor[1] for other in self._images}
-        image.major_minor = (7, next(n for n in range(len(taken) + 1) if n not in taken))
-        self._images.append(image)
-        return image
-
-    def _get_image(self, path: str, *, writable: bool) -> Image:
-        image = self._find_image(path)
-        if image is None:
-            return self._open_image(path, readonly=not writable)
-        if writable and not image.writable:
-            if image.kept:
-                raise ImageError(f"{path}: the image was opened read-only", errno.EACCES)
-            with self._gate:
-                image.make_writable()
-        return image
 
     def _lines(
         self,
@@ -554,7 +519,7 @@ class _Context:
         if device is None:
             if re.fullmatch(r"[0-9]+:[0-9]+", name):
                 raise DeviceNotFound(f"{name}: no such device")
-            found = self._mapper._get_image(name, writable=writable)
+            found = self._mapper.images.get(name, writable=writable)
         elif device is self._device or device.uses(self._device):
             raise InvalidArgument(f"{name}: the device would stand on itself")
         else:
@@ -564,23 +529,7 @@ class _Context:
         return found
 
 
-def _file_system(path: str) -> int | None:
-    """Return the st_dev of what a path leads to, None where it leads nowhere."""
-    try:
-        return os.stat(path).st_dev
-    except (OSError, ValueError):
-        return None
-
-
-def _close(devices: list[_core.BlockDevice]) -> None:
-    """Close images that were opened for a table that was refused."""
-    for device in devices:
-        if isinstance(device, Image) and not device.holders and not device.kept:
-            with device.gate:
-                device.close()
-
-
-def _shut_down(devices: dict[str, Device], images: list[Image]) -> None:
+def _shut_down(devices: dict[str, Device], images: OpenImages) -> None:
     """Remove everything, upper devices first, whoever has them open."""
     while devices:
         free = [d for d in devices.values() if not d.holders] or list(devices.values())
@@ -588,11 +537,7 @@ def _shut_down(devices: dict[str, Device], images: list[Image]) -> None:
             del devices[device.name]
             device.last_close = None
             device.remove()
-    for image in images:
-        if not image.removed:
-            with image.gate:
-                image.close()
-    images.clear()
+    images.close()
 
 
 def _remove_weakly(mapper: weakref.ref[Mapper], device: Device) -> None:

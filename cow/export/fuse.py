@@ -24,11 +24,11 @@ import time
 from collections.abc import Callable
 
 from cow import _core
-from cow.device import Device, DeviceFile
+from cow.device import MAX_NAME, Device, DeviceFile
 from cow.errors import CowOSError
 from cow.export import fusermount
 from cow.export.fusermount import MountError
-from cow.mapper import MAX_NAME, Mapper
+from cow.mapper import Mapper
 from cow.units import SECTOR_SIZE
 
 log = logging.getLogger("cow.fuse")
@@ -168,7 +168,7 @@ class FuseMount:
             os.close(file)
             raise
         self._device = fusermount.mounted(self.directory) or 0
-        self.mapper.own_file_systems.add(self._device)
+        self.mapper.images.own_file_systems.add(self._device)
         connection = self._files.connection
         slow = [connection.work] * SLOW_THREADS
         for job in [self._serve] * self._readers + slow + [connection.retry, self._files.run]:
@@ -191,7 +191,7 @@ class FuseMount:
         self._threads.clear()
         os.close(self._files.file)
         self._files = None
-        self.mapper.own_file_systems.discard(self._device)
+        self.mapper.images.own_file_systems.discard(self._device)
 
     def _serve(self) -> None:
         """Answer data requests. When the file system is unmounted, that ends everything."""

@@ -82,7 +82,8 @@ def record(kernel: Kernel, folder: Path, session: Session) -> Iterator[dict[str,
         with open(folder / name, "wb") as file:
             file.truncate(size << 20)
     disks = {name: f"/dev/ubd{chr(ord('b') + slot)}" for slot, name in enumerate(session.disks)}
-    start = f"hostname {HOST}; rm -rf /run/files /run/lvm /dev/vg* /dev/my-vg /dev/mapper/*-*; mkdir -p /run/files /run/lock /run/lvm"
+    gone = "/run/files /run/lvm /dev/vg* /dev/my-vg /dev/mapper/*-*"
+    start = f"hostname {HOST}; rm -rf {gone}; mkdir -p /run/files /run/lock /run/lvm"
     kernel.run(images, [shell(start)], clean=False)
     yield {"session": session.name, "disks": session.disks}
     normal = Normal({path: name for name, path in disks.items()})

@@ -194,11 +194,17 @@ def _metadata_devices(row: Row) -> list[str]:
     return [f"{name}(0)" for name in names]
 
 
-def _of_segment(tell: Callable[[Segment], Any], absent: Any = None) -> Callable[[Row], Any]:  # noqa: ANN401
+def _of_segment(
+    tell: Callable[[Segment], Any],
+    absent: Any = None,  # noqa: ANN401
+) -> Callable[[Row], Any]:
     return lambda row: absent if row.segment is None else tell(row.segment)
 
 
-def _of_lv(tell: Callable[[LogicalVolume], Any], absent: Any = "") -> Callable[[Row], Any]:  # noqa: ANN401
+def _of_lv(
+    tell: Callable[[LogicalVolume], Any],
+    absent: Any = "",  # noqa: ANN401
+) -> Callable[[Row], Any]:
     return lambda row: absent if row.lv is None else tell(row.lv)
 
 

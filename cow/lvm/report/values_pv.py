@@ -112,7 +112,10 @@ def _number_of_device(row: Row, index: int) -> str:
     return str(device.major_minor[index]) if isinstance(device, Image | Device) else "-1"
 
 
-def _of_pv(tell: Callable[[PhysicalVolume], Any], absent: Any) -> Callable[[Row], Any]:  # noqa: ANN401
+def _of_pv(
+    tell: Callable[[PhysicalVolume], Any],
+    absent: Any,  # noqa: ANN401
+) -> Callable[[Row], Any]:
     return lambda row: absent if row.pv is None else tell(row.pv)
 
 
@@ -145,7 +148,10 @@ def visible_lvs(vg: VolumeGroupMetadata) -> int:
     return sum(lv.visible for lv in vg.lvs)
 
 
-def _of_vg(tell: Callable[[VolumeGroupMetadata], Any], absent: Any = "") -> Callable[[Row], Any]:  # noqa: ANN401
+def _of_vg(
+    tell: Callable[[VolumeGroupMetadata], Any],
+    absent: Any = "",  # noqa: ANN401
+) -> Callable[[Row], Any]:
     return lambda row: absent if row.vg is None else tell(row.vg)
 
 
