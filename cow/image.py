@@ -92,10 +92,6 @@ class Image(_core.FileDevice):
         while self._files:
             os.close(self._files.pop())
 
-    def __del__(self) -> None:
-        while self._files:
-            os.close(self._files.pop())
-
     def __str__(self) -> str:
         return self.path
 

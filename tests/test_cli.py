@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -662,3 +663,30 @@ def test_repair_drops_exceptions_past_the_end_of_the_origin(sound, tmp_path, run
     result = json.loads(out)
     assert (status, result["kept"], result["lost"]) == (1, 4, 1)
     assert result["findings"][0]["kind"] == "old-range"
+
+
+def test_repair_shows_its_progress_on_a_terminal(sound, tmp_path):
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "cow", "store", "repair", sound, str(tmp_path / "new.cow")],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=60,
+        check=False,
+    )
+    os.close(theirs)
+    shown = os.read(ours, 10000).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert shown.split("\r")[1] == f"1 of {len(RECORDS)} exceptions"
+    assert shown.rstrip().endswith(f"{len(RECORDS)} of {len(RECORDS)} exceptions")
+
+
+def test_an_error_of_no_errno_is_one_line(sound, run, monkeypatch):
+    def refuse(*args, **options):
+        raise cow.CowError("no reason\nat all")
+
+    monkeypatch.setattr(cow.store, "check", refuse)
+    status, _, err = run("store", "check", sound)
+    assert status == 1
+    assert_one_line(err, "no reason at all")

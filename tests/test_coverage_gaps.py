@@ -590,6 +590,30 @@ def test_remove_all_leaves_what_is_open(dm):
         assert dm.names() == ["x"]
 
 
+def test_what_interrupts_a_load_leaves_no_image_open(dm, tmp_path, monkeypatch):
+    path = image(tmp_path / "b.img", 8)
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cow.Device, "load", stop)
+    with pytest.raises(KeyboardInterrupt):
+        dm.create("x", f"0 8 linear {path} 0")
+    monkeypatch.undo()
+    with cow.Mapper() as other:
+        other.create("x", f"0 8 linear {path} 0")
+
+
+def test_a_target_whose_module_lacks_another_says_which(dm, monkeypatch):
+    def lacking(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name="of_its_own")
+
+    monkeypatch.setattr("cow.target.importlib.import_module", lacking)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        dm.create("x", "0 8 zeros")
+    assert caught.value.name == "of_its_own"
+
+
 def test_a_uuid_has_no_slash(dm):
     refusal(errno.EINVAL, dm.create, "x", "0 8 zero", uuid="a/b")
     assert dm.names() == []
@@ -649,6 +673,17 @@ def test_a_finding_and_a_store_say_what_they_are(tmp_path):
     bad = image(tmp_path / "bad.cow", bytes(64 * SECTOR))
     (finding,) = cow.store.check(bad)
     assert str(finding) == finding.text
+
+
+def test_a_disk_error_below_a_store_is_an_error(tmp_path, monkeypatch):
+    path = image(tmp_path / "s.cow", bytes(store_bytes([(5, 2)], 8)))
+
+    def fail(*args: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("cow.store.os.pread", fail)
+    text = refusal(errno.EIO, cow.store.open, path)
+    assert f"{path}: cannot read" in text
 
 
 def test_repair_tells_its_progress(tmp_path):

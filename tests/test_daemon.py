@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -307,6 +308,38 @@ def test_an_export_that_is_not_there_is_said_plainly():
         serve._export("cow.export.no", "NoServer", mapper, "x")
 
 
+def test_an_export_says_which_module_it_lacks(monkeypatch):
+    def lacking(name: str):
+        raise ModuleNotFoundError("none", name="mfusepy")
+
+    monkeypatch.setattr(serve.importlib, "import_module", lacking)
+    with Mapper() as mapper, pytest.raises(CowError, match="x: needs the Python module mfusepy"):
+        serve._export("cow.export.fuse", "FuseMount", mapper, "x")
+
+
+def test_a_device_that_cannot_be_flushed_at_the_end_is_told(daemon):
+    server = daemon()
+    with server.client() as client:
+        client.call("create", name="bad", table="0 8 error")
+        client.call("create", name="good", table="0 8 zero")
+    status, logged = server.stop()
+    assert status == 0
+    assert "bad: flush: " in logged
+    assert "good: flush" not in logged
+
+
+def test_it_needs_nobody_to_be_told_that_it_is_ready(tmp_path):
+    path = tmp_path / "run" / "control.sock"
+    words = [sys.executable, "-P", "-m", "cow", "serve", "--socket", str(path)]
+    env = {name: text for name, text in os.environ.items() if name != "NOTIFY_SOCKET"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, env=env) as process:
+        wait_until(path.is_socket)
+        process.send_signal(signal.SIGTERM)
+        _, logged = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    assert b"Traceback" not in logged
+
+
 def test_exports_that_do_not_end_are_not_waited_for(monkeypatch, caplog):
     monkeypatch.setattr("cow.daemon.server.STOP_SECONDS", 0.05)
     over = threading.Event()
@@ -446,6 +479,46 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
         Server(mapper, str(tmp_path / "a" / "b" / "control.sock"))
 
 
+def test_a_directory_that_may_not_be_made_is_refused(tmp_path, monkeypatch):
+    def mkdir(path: str, mode: int) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with Mapper() as mapper, pytest.raises(CowOSError, match="Permission denied"):
+        Server(mapper, str(tmp_path / "a" / "control.sock"))
+
+
+def test_what_is_no_directory_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CowOSError, match="not a directory"):
+        protocol.check_directory(str(tmp_path / "file"))
+    with pytest.raises(CowOSError, match="No such file"):
+        protocol.check_directory(str(tmp_path / "none"))
+
+
+def test_a_link_of_ours_to_a_directory_will_do(tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    protocol.check_directory(str(tmp_path / "link"))
+
+
+def test_a_name_longer_than_an_address_is_refused(tmp_path):
+    with Mapper() as mapper, pytest.raises(CowOSError, match="cannot listen"):
+        Server(mapper, str(tmp_path / ("s" * 120))).start()
+
+
+def test_a_socket_a_dead_server_left_is_replaced(tmp_path):
+    path = str(tmp_path / "control.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(path)
+    with Mapper() as mapper:
+        server = Server(mapper, path)
+        server.start()
+        with Client(path) as client:
+            assert client.call("names") == []
+        server.stop()
+
+
 def test_a_second_server_of_one_process_is_refused_too(serving):
     server = serving()
     with Mapper() as mapper, pytest.raises(AlreadyServed) as caught:
@@ -464,6 +537,13 @@ def test_a_path_longer_than_an_address_will_do(tmp_path):
             assert client.call("names") == []
         server.stop()
     assert not os.path.exists(path)
+
+
+def test_the_directory_of_the_user_is_where_the_socket_is(monkeypatch):
+    monkeypatch.delenv("COW_SOCKET", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == f"/run/user/{os.geteuid()}")
+    assert protocol.socket_path() == f"/run/user/{os.geteuid()}/cow/control.sock"
 
 
 def test_where_the_socket_is(monkeypatch, tmp_path):
@@ -720,6 +800,72 @@ def test_a_server_that_dies_in_the_middle_is_no_traceback(tmp_path):
             _, err = waiting.communicate(timeout=SECONDS)
     assert waiting.returncode == 1
     assert err.decode() == f"cow: {path}: the server went away\n"
+
+
+def test_a_socket_of_another_kind_is_an_error(tmp_path):
+    path = str(tmp_path / "control.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(path)
+        with pytest.raises(CowOSError, match="wrong type") as caught:
+            Client(path)
+    assert caught.value.errno == errno.EPROTOTYPE
+
+
+@pytest.mark.parametrize("size", [100, 1 << 22])
+def test_a_server_that_goes_before_it_has_read_is_gone(tmp_path, size):
+    """What it leaves unread resets the connection; so much that sending it all must wait."""
+    path = str(tmp_path / "control.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with Client(path) as client:
+            accepted = listener.accept()[0]
+            closer = threading.Thread(target=lambda: (accepted.recv(10), accepted.close()))
+            closer.start()
+            with pytest.raises(NotServed, match="the server went away"):
+                client.call("names", filler="x" * size)
+            closer.join()
+
+
+def test_a_server_without_descriptors_goes_on_when_there_are_some(serving, monkeypatch, caplog):
+    server = serving()
+    real, failures = server._listener, iter(range(2))
+
+    class Listener:
+        def accept(self):
+            if next(failures, None) is not None:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            server._listener = real
+            return real.accept()
+
+    with Client(server.path) as client:
+        assert client.call("names") == []
+        monkeypatch.setattr(server, "_listener", Listener())
+        with Client(server.path) as wakes:
+            # This one was accepted before; those after it meet the failures.
+            assert wakes.call("names") == []
+            with Client(server.path) as other:
+                assert other.call("names") == []
+    assert caplog.text.count("accept: Too many open files") == 2
+
+
+def test_a_server_without_threads_refuses_a_client_and_goes_on(serving, monkeypatch):
+    server = serving()
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "cow-client":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with Client(server.path) as client:
+        assert client.call("names") == []
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(DeviceBusy, match="no thread"), Client(server.path) as other:
+            other.call("names")
+        monkeypatch.undo()
+        with Client(server.path) as other:
+            assert other.call("names") == []
 
 
 def test_the_arguments_of_the_command():

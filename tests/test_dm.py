@@ -11,9 +11,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ import pytest
 from cow.cli import main as command
 from cow.cli.dm import VERBS, run, usage
 from cow.cli.dm.names import mangle, split_name, unmangle
+from cow.daemon import server as server_module
 from cow.daemon.client import DEVICE_ARGS, Client, absolute_paths
 from cow.daemon.server import Server
+from cow.errors import DeviceBusy
 from cow.mapper import Mapper
 
 SESSION = Path(__file__).parent / "data" / "dmsetup.jsonl"
@@ -429,3 +433,99 @@ def test_an_answer_larger_than_any_buffer_arrives(dm, mapper):
     assert dm.out("table", "many").splitlines() == [f"{n} 1 zero " for n in range(50000)]
     with Client() as client:
         assert client.call("devices", name="many")[0]["nr_targets"] == 50000
+
+
+def test_help_with_columns_lists_the_fields(dm):
+    status, out, err = dm("help", "-c")
+    assert (status, out) == (0, "")
+    assert err.startswith(usage().split("\n", 1)[0])
+    for name in ("name", "blkdevname", "segments", "tables_loaded"):
+        assert re.search(rf"^ +{name} +- ", err, re.MULTILINE), name
+
+
+def test_fields_are_listed_where_help_is_asked_for(dm):
+    status, out, err = dm("info", "-c", "-o", "help")
+    assert (status, out) == (0, "")
+    assert re.search(r"^ +read_ahead +- ", err, re.MULTILINE)
+
+
+def test_an_option_cut_short_must_be_the_only_one(dm):
+    status, _, err = dm("remove", "--no", "a")
+    assert status != 0
+    assert "option '--no' is ambiguous" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["-O", "nosuch"], "dm_report: Unrecognised field: nosuch"),
+        (["-S", "nosuch=1"], "Unrecognised selection field: nosuch"),
+        (["-S", "=1"], "Unrecognised selection field: "),
+        (["-S", "name"], "Unrecognised comparison operator: "),
+        (["-S", "name=~["], "Failed to parse regex"),
+        (["-S", "name>1"], "Operator > is not for the string field name."),
+        (["-S", "open=x"], "Failed to parse numeric value for selection field open."),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused(dm, words, text):
+    dm.out("create", "a", "--table", "0 8 zero")
+    status, out, err = dm("info", "-c", *words)
+    assert (status, out) == (1, "")
+    assert text in err
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """A function that makes the server refuse a verb, whatever the device."""
+
+    def not_now(mapper: Mapper, *, name: str, **args):
+        raise DeviceBusy(f"{name}: not now")
+
+    return lambda verb: monkeypatch.setitem(server_module._VERBS, verb, not_now)
+
+
+def test_every_device_that_cannot_be_shown_is_told(dm, refuse):
+    for name in ("a", "b"):
+        dm.out("create", name, "--table", "0 8 zero")
+    refuse("table")
+    status, out, err = dm("table")
+    assert (status, out) == (1, "")
+    assert [line for line in err.splitlines() if line.startswith("cow: ")] == [
+        "cow: a: not now",
+        "cow: b: not now",
+    ]
+
+
+def test_a_wipe_that_cannot_go_live_is_taken_back(dm, mapper, refuse):
+    dm.out("create", "a", "--table", "0 8 zero")
+    with mapper.device("a").open():
+        refuse("resume")
+        status, _, err = dm("wipe_table", "a")
+        assert status == 1
+        assert "cow: a: not now\n" in err
+        assert not mapper.info("a").inactive
+        status, _, err = dm("remove_all", "-f")
+        assert "cow: a: not now\n" in err
+        assert err.endswith("Unable to remove 1 device(s).\n")
+    assert mapper.table("a") == "0 8 zero "
+
+
+def test_the_answer_of_a_message_is_printed(dm, images, monkeypatch):
+    monkeypatch.setattr("cow.targets.zero.ZeroTarget.message", lambda self, args: "so many\n")
+    dm.out("create", "a", "--table", "0 8 zero")
+    assert dm.out("message", "a", "0", "count") == "so many\n"
+
+
+@pytest.mark.parametrize(("width", "cut"), [(200, False), (20, True)])
+def test_a_tree_is_cut_to_the_terminal(dm, width, cut):
+    name = "n" * 60
+    dm.out("create", name, "--table", "0 8 zero")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, width))
+    words = [sys.executable, "-P", "-m", "cow", "dm", "ls", "--tree"]
+    done = subprocess.run(words, stdout=theirs, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(theirs)
+    printed = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (name in printed) == (not cut)

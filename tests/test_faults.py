@@ -636,6 +636,17 @@ def test_a_store_of_another_process_is_refused_with_its_pid(tmp_path, dm):
     assert usage(dm, dm.create("snap", line).name) == "16/1024 16"
 
 
+def test_a_holder_nobody_tells_is_another_process(tmp_path, dm, monkeypatch):
+    path = image(tmp_path / "a.img", 64)
+
+    def hidden(name: str, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+    monkeypatch.setattr("cow.image.open", hidden, raising=False)
+    with held(dev=f"0 64 linear {path} 0"), pytest.raises(OSError, match="another process"):
+        dm.create("dev", f"0 64 linear {path} 0")
+
+
 def test_an_image_is_read_by_many_processes(tmp_path, dm):
     path = image(tmp_path / "a.img", BEFORE)
     store = image(tmp_path / "a.cow", 1024)

@@ -235,6 +235,44 @@ def test_a_suspended_log_device_holds_up_nothing(dm, paths):
     assert [entry.text for entry in logged(dm, log)] == ["", "late"]
 
 
+def test_a_log_device_suspended_at_the_end_loses_what_is_not_written(dm, paths, caplog):
+    disk, log = paths
+    dm.create("log", f"0 4096 linear {log} 0")
+    dev = dm.create("disk", f"0 {SECTORS} log-writes {disk} log")
+    dm.suspend("log")
+    dev.pwrite(b"x" * SECTOR, 0)
+    dm.remove("disk")
+    assert "suspended, 3 log entries lost" in caplog.text
+    dm.resume("log")
+    assert Path(log).read_bytes() == bytes(8192 * SECTOR)
+    assert Path(disk).read_bytes()[:SECTOR] == b"x" * SECTOR
+
+
+def test_a_write_in_part_to_what_is_gone_below_fails(dm, paths):
+    disk, log = paths
+    dm.create("low", f"0 {SECTORS} linear {disk} 0")
+    dev = dm.create("disk", f"0 {SECTORS} log-writes low {log}")
+    dm.load("low", f"0 8 linear {disk} 0")
+    dm.resume("low")
+    with pytest.raises(OSError, match="EIO"):
+        dev.pwrite(b"x", 100 * SECTOR)
+    dev.pwrite(b"x", 1)
+    (entry,) = logged(dm, log)
+    assert entry.data == stamp(0, 1, 1)[:1] + b"x" + stamp(0, 1, 1)[2:]
+
+
+def test_blocks_written_in_part_are_logged_whole_however_many_there_are(
+    dm, dev, paths, monkeypatch
+):
+    monkeypatch.setattr("cow.targets.log_writes.KNOWN_BLOCKS", 2)
+    for sector in range(0, 64, 2):
+        dev.pwrite(b"x" * 10, sector * SECTOR + 7)
+        dev.pwrite(b"y" * 10, sector * SECTOR + 20)
+    entries = logged(dm, paths[1])
+    assert len(entries) == 64
+    assert replayed(stamp(0, SECTORS, 1), entries) == Path(paths[0]).read_bytes()
+
+
 def test_a_long_mark_is_cut_to_its_sector(dm, dev, paths):
     dm.message("disk", 0, "mark " + "m" * 1000)
     assert logged(dm, paths[1])[0].text == "m" * (SECTOR - 33)

@@ -176,6 +176,18 @@ def test_writers_of_one_chunk_lose_nothing(rig):
     assert rig.read("base") == writers.expected(rig.before)
 
 
+def test_writers_that_share_commits_lose_nothing(tmp_path):
+    with cow.Mapper(durability="power") as dm:
+        rig = Rig(dm, tmp_path, sectors=SECTORS)
+        rig.snap("snap", "P 1", cow_sectors=4 * SECTORS)
+        rig.snap("other", "P 8", cow_sectors=4 * SECTORS)
+        with Crew() as crew:
+            writers = Writers(crew, dm.device("base"))
+            writers.wait_for_more(200)
+        assert rig.read("base") == writers.expected(rig.before)
+        assert rig.read("snap") == rig.read("other") == rig.before
+
+
 def test_writers_of_one_snapshot_lose_nothing(rig):
     device = rig.snap("snap", "P 8", cow_sectors=4 * SECTORS)
     with Crew() as crew:

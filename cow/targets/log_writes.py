@@ -246,8 +246,6 @@ class _Log:
         self._put(sector, data)
 
     def _put(self, sector: int, data: bytes) -> None:
-        if self._stopped:
-            return
         self._queue.append((sector, data))
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="cow-log", daemon=True)
