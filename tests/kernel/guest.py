@@ -252,6 +252,11 @@ class Machine:
         with Disk(self.path(name)) as disk:
             return f"w {disk.write(self.data[at : at + length], offset)}"
 
+    def do_wipe(self, name: str) -> None:
+        """Zero the first sector: the next store there starts afresh."""
+        with Disk(self.path(name)) as disk:
+            disk.write(bytes(SECTOR), 0)
+
     def do_r(self, name: str, offset: int, length: int) -> str:
         count = crc = 0
         with Disk(self.path(name)) as disk:
@@ -289,11 +294,22 @@ class Machine:
         end = time.monotonic() + seconds
         while True:
             line = self.control.lines(name)[0]
-            words = line.split(" ")[3:]
-            if len(words) < 2 or words[0].split("/")[0] == words[1]:
+            if self.merge_is_over(name, line.split(" ")[3:]):
                 return [self.numbered(line)]
             assert time.monotonic() < end, line
             time.sleep(0.001)
+
+    def merge_is_over(self, name: str, status: list[str]) -> bool:
+        """Tell whether all is merged; of a store that overflowed only its disk tells that.
+
+        Its first record is the last to be zeroed.
+        """
+        if status != ["Overflow"]:
+            return len(status) < 2 or status[0].split("/")[0] == status[1]
+        table = self.control.lines(name, STATUS_TABLE)[0].split(" ")[3:]
+        slot, chunk = int(table[1].split(":")[1]) // 16, int(table[3])
+        with Disk(f"/dev/ubd{chr(ord('a') + slot)}") as disk:
+            return not any(b"".join(disk.read(SECTOR, chunk * SECTOR))[:16])
 
     # beside traces
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from .programs import Author
+from .author import Author
 
 
 def check(judge, seed: int, parts: int = 4) -> None:

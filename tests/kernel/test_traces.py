@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from support import trace
 
-from .programs import Author, Program
+from .author import Author
+from .programs import Program
 
 FIXED = 8  # groups of ten
 FRESH = 12

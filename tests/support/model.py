@@ -1092,9 +1092,12 @@ class Model:
         lines = []
         for each in sorted(self.devices) if name is None else [name]:
             device = self.device(each)
-            for target in (device.inactive if inactive else device.live) or []:
+            prefix = f"{each}: " if name is None else ""
+            table = device.inactive if inactive else device.live
+            if table is None:
+                lines.append(prefix)
+            for target in table or []:
                 text = getattr(target, what)()
-                prefix = f"{each}: " if name is None else ""
                 lines.append(f"{prefix}{target.start} {target.length} {target.kind} {text}")
         return "\n".join(lines)
 
