@@ -79,7 +79,7 @@ class ModelReplayer(Replayer):
         return []
 
     def do_d(self, name: str, offset: int, length: int) -> list[str]:
-        self.guide.do(["d", name, offset, length])
+        self.dm.device(name).discard_range(offset, length)
         return []
 
     def do_waitmerge(self, name: str) -> list[str]:

@@ -48,6 +48,7 @@ class Guide:
 
     def __init__(self, program: Program) -> None:
         self.model = Model({f"@{name}": data for name, data in program.contents().items()})
+        self.could_discard: dict[str, bool] = {}
 
     def do(self, step: Step) -> Any:
         """Run one step; raise OSError as the kernel refuses, Nonsense where it has no meaning."""
@@ -56,8 +57,14 @@ class Guide:
             table = args[1].replace("%", "")
             if verb == "create" and " snapshot " in table:
                 self.check_quiet(table.split()[3])
-            return (self.model.create if verb == "create" else self.model.load)(args[0], table)
-        if verb in ("suspend", "resume", "remove", "clear"):
+            if verb == "reload":
+                return self.model.load(args[0], table)
+            self.model.create(args[0], table)
+            self.note_limits(args[0])
+            return None
+        if verb == "resume":
+            return self.resume(args[0])
+        if verb in ("suspend", "remove", "clear"):
             return getattr(self.model, verb)(*args)
         if verb == "w":
             name, offset, length, seed = args
@@ -74,6 +81,19 @@ class Guide:
         if verb == "mark":
             return self.model.close()
         return None
+
+    def resume(self, name: str) -> None:
+        device = self.model.devices.get(name)
+        swapped = device is not None and device.inactive is not None
+        try:
+            self.model.resume(name)
+        finally:
+            if swapped:
+                self.note_limits(name)
+
+    def note_limits(self, name: str) -> None:
+        """Remember whether a new table takes discards."""
+        self.could_discard[name] = self.model.devices[name].can_discard()
 
     def wipe(self, name: str, offset: int, data: bytes) -> None:
         """Write to an image itself; one that is written up to its end is known again."""
@@ -97,14 +117,18 @@ class Guide:
                     raise Nonsense("a new snapshot of a running origin")
 
     def check_discard(self, name: str) -> None:
-        """Refuse a discard on which kernels differ: only Linux 6.2 and later can discard zero.
+        """Refuse a discard of a device where the kernel is not to be followed.
 
-        A target can discard where all that lies below it can.
+        Only Linux 6.2 and later can discard a zero target, and a target can discard where all that
+        lies below it can. Whether it can is found out when its table goes live: a table below that
+        is swapped later is not noticed.
         """
         device = self.model.device(name)
         kinds = {target.kind for each in device.below() for target in each.live or []}
         if "zero" in kinds and device.can_discard():
             raise Nonsense("a discard of a zero target")
+        if device.can_discard() != self.could_discard[name]:
+            raise Nonsense("a discard of what could, or could not, discard when it went live")
 
     def states(self) -> list[str]:
         """Return which snapshots are invalid or full, to see that a step ends one."""
