@@ -14,6 +14,27 @@ from .judge import Judge
 from .uml import KernelError, missing, scratch
 
 HERE = Path(__file__).parent
+JUDGE = pytest.StashKey[Judge]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--programs",
+        type=int,
+        default=200,
+        metavar="N",
+        help="how many new random programs to compare with the kernel (default: %(default)s)",
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """Say how much was compared."""
+    if judge := config.stash.get(JUDGE, None):
+        terminalreporter.section(f"compared with Linux {judge.release}")
+        for what, count in sorted(judge.figures.items()):
+            terminalreporter.write_line(f"{count:8} {what}")
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -24,7 +45,7 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 
 @pytest.fixture(scope="session")
-def shared_judge():
+def shared_judge(request: pytest.FixtureRequest):
     """The kernel beside cow, booted once for all traces, in a folder that is gone afterwards."""
     if reason := missing():
         pytest.skip(f"no kernel to compare with: {reason}")
@@ -32,6 +53,7 @@ def shared_judge():
         judge = Judge(folder)
         try:
             judge.running()
+            request.config.stash[JUDGE] = judge
         except KernelError as error:
             pytest.skip(f"no kernel starts here: {error}")
         yield judge

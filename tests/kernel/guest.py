@@ -311,6 +311,12 @@ class Machine:
         with Disk(f"/dev/ubd{chr(ord('a') + slot)}") as disk:
             return not any(b"".join(disk.read(SECTOR, chunk * SECTOR))[:16])
 
+    def do_mergeto(self, name: str, left: int) -> None:
+        """Wait until a merge has at most `left` sectors of its store, and say so on the console."""
+        while int(self.control.lines(name)[0].split(" ")[3].split("/")[0]) > left:
+            pass
+        say("@merging")
+
     # beside traces
 
     def hold(self, slots: dict[str, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,14 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
+        self.figures: Counter[str] = Counter()
         self.kernel: Kernel | None = None
+        self.release = ""
 
     def running(self) -> Kernel:
         if self.kernel is None:
             self.kernel = Kernel(self.folder)
+            self.release = self.kernel.release
         return self.kernel
 
     def close(self) -> None:
@@ -226,6 +230,8 @@ class Judge:
         """Fail, with a shorter program, where kernel and cow do not agree."""
         first = self.difference(program, program.steps, durability)
         if first is None:
+            self.figures["programs compared"] += 1
+            self.figures["steps of programs"] += len(program.steps)
             return
 
         def fails(steps: list[Step]) -> bool:

@@ -249,6 +249,38 @@ class Witness:
                 yield "a discard passed down"
 
 
+def crossings(program: Program) -> Counter[str]:
+    """Count the stores that a part of a program takes over from another part, and what for.
+
+    "opened": with exceptions in it; "continued": with more of them later; "merged".
+    """
+    witness = Witness(program)
+    part = 0
+    lived: dict[str, int] = {}
+    taken: dict[str, int] = {}
+    found: Counter[str] = Counter()
+    for step in program.steps:
+        part += step == ["mark"]
+        before = {fact.target.cow.label: fact for fact in witness.facts().values()}
+        for _ in witness.see(step):
+            pass
+        if step == ["mark"]:
+            found["continued"] += sum(count > 0 for count in taken.values())
+            taken = {}
+        for fact in witness.facts().values():
+            label = fact.target.cow.label
+            if label not in before and fact.exceptions and lived.get(label, part) < part:
+                found["opened"] += 1
+                taken[label] = 0
+            elif label in taken and label in before:
+                taken[label] += max(0, fact.exceptions - before[label].exceptions)
+                merging = fact.target.kind == "snapshot-merge" and before[label].exceptions
+                found["merged"] += bool(merging and not fact.exceptions)
+            lived[label] = part
+    found["continued"] += sum(count > 0 for count in taken.values())
+    return found
+
+
 class Tally:
     """Counts the events of many programs; `followed` are those with reads or writes behind them."""
 

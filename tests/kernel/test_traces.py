@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from support import trace
 
 from .author import Author
 from .programs import Program
+from .tally import Tally
 
-FIXED = 8  # groups of ten
-FRESH = 12
-STEPS = 60
-
-
-def check_group(judge, first: int) -> None:
-    """Check ten programs; the last of them has larger chunks than the dice give."""
-    for number in range(first, first + 9):
-        judge.check(Author(number).write(STEPS))
-    largest = (512, 1024, 2048)[first // 10 % 3]
-    judge.check(Author(first + 9, largest).write(STEPS // 2))
+FIXED = range(200)
+GROUP = 10
 
 
-@pytest.mark.parametrize("group", range(FIXED))
+@functools.cache
+def fixed_program(number: int) -> Program:
+    return Author(number).write()
+
+
+def groups(count: int) -> list[range]:
+    return [range(first, first + GROUP) for first in range(0, count, GROUP)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make as many groups of new programs as are asked for."""
+    if "new_group" in metafunc.fixturenames:
+        count = metafunc.config.getoption("programs")
+        metafunc.parametrize("new_group", groups(count), ids=lambda group: str(group.start))
+
+
+def durability(number: int) -> str:
+    return "process" if number % 8 else "power"
+
+
+@pytest.mark.parametrize("group", groups(len(FIXED)), ids=lambda group: str(group.start))
 def test_a_trace_has_the_same_answers_and_bytes(judge, group):
-    check_group(judge, 10 * group)
+    for number in group:
+        judge.check(fixed_program(number), durability(number))
 
 
-@pytest.mark.parametrize("group", range(FRESH))
-def test_a_new_trace_has_the_same_answers_and_bytes(judge, seed, group):
-    check_group(judge, (seed << 10) + 10 * group)
+def test_a_new_trace_has_the_same_answers_and_bytes(judge, seed, new_group):
+    for number in new_group:
+        judge.check(Author((seed << 16) + number).write(), durability(number))
 
 
-@pytest.mark.parametrize("number", range(900, 905))
-def test_a_trace_with_power_durability_has_the_same_answers_and_bytes(judge, number):
-    judge.check(Author(number).write(STEPS), "power")
+def test_traces_make_everything_happen_and_go_on_after_it():
+    tally = Tally()
+    for number in FIXED:
+        tally.watch(fixed_program(number))
+    assert not tally.lacking(), "\n".join(tally.lines())
 
 
 @pytest.mark.parametrize("name", [name for name in trace.names() if name != "bad_tables"])

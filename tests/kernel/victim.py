@@ -3,7 +3,8 @@
     python -m kernel.victim JOB        JOB: a JSON file, see test_kill.py
 
 Does the steps and the writes; says "@did 0" before the first write and "@did N" after N writes.
-Then starts what "then" asks for, a merge, and kills itself "seconds" later.
+Then starts a merge of base by the steps in "merge", and kills itself when its store has at most
+"left" sectors; without such steps it waits for its end.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ def main() -> None:
     for number, (name, first, count, tag) in enumerate(job["writes"]):
         dm.device(name).pwrite(stamp(first, count, tag), first * SECTOR)
         say(f"@did {number + 1}")
-    for step in job["then"]:
+    for step in job["merge"]:
         assert runner.answer(step) == [], step
-    time.sleep(job["seconds"])
-    os.kill(os.getpid(), signal.SIGKILL)
+    while job["merge"]:
+        if int(dm.status("base").split(" ")[3].split("/")[0]) <= job["left"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
 
 
 if __name__ == "__main__":

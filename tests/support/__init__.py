@@ -34,10 +34,20 @@ def _tables(basis: np.ndarray) -> np.ndarray:
 
 def _apply(tables: np.ndarray, states: np.ndarray) -> np.ndarray:
     """Apply a tabulated linear map to every state."""
+    parts = states.astype("<u8").view(np.uint8).reshape(-1, 8)
     result = np.zeros_like(states)
     for byte in range(8):
-        result ^= tables[byte, (states >> np.uint64(8 * byte)) & np.uint64(255)]
+        result ^= tables[byte].take(parts[:, byte])
     return result
+
+
+@functools.cache
+def _steps(level: int) -> np.ndarray:
+    """Tabulate 2^level steps of the generator."""
+    if level == 0:
+        return _tables(np.array([_step(1 << bit) for bit in range(64)], np.uint64))
+    half = _steps(level - 1)
+    return _tables(_apply(half, _apply(half, np.uint64(1) << np.arange(64, dtype=np.uint64))))
 
 
 @functools.lru_cache(maxsize=32)
@@ -48,14 +58,11 @@ def _pattern(count: int, seed: int) -> bytes:
     """
     states = np.empty(count, np.uint64)
     states[0] = _step((seed * 0x9E3779B97F4A7C15 + 1) & MASK)
-    basis = np.array([_step(1 << bit) for bit in range(64)], np.uint64)
-    done = 1
+    done, level = 1, 0
     while done < count:
-        tables = _tables(basis)
         more = min(done, count - done)
-        states[done : done + more] = _apply(tables, states[:more])
-        basis = _apply(tables, basis)
-        done *= 2
+        states[done : done + more] = _apply(_steps(level), states[:more])
+        done, level = 2 * done, level + 1
     return states.astype("<u8").tobytes()
 
 
