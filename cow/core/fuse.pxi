@@ -46,8 +46,8 @@ cdef enum:
     FUSE_GATHER = 1 << 16           # longer writes gain nothing from being prepared together
     FUSE_PIECE = 1 << 25            # bytes of a FALLOCATE under one taking of the locks
     FALLOC_FL_ZERO_RANGE = 16
+    O_DSYNC = 0o10000
     FUSE_GO_ON = 16                 # a piece is done, others are left
-    FUSE_FOUND = 17                 # LSEEK ends here
 
 cdef struct fuse_in_header:
     uint32_t len
@@ -70,7 +70,8 @@ cdef struct fuse_read_in:           # and the head of a WRITE
     uint32_t size
     uint32_t read_flags
     uint64_t lock_owner
-    uint64_t flags
+    uint32_t flags                  # of the open file, with O_DSYNC where the call has RWF_DSYNC
+    uint32_t padding
 
 cdef struct fuse_fallocate_in:
     uint64_t fh
@@ -182,7 +183,7 @@ cdef int emit_seek(bio *b, device *image, uint64_t offset, uint64_t length) noex
     cdef int64_t found
     if image == NULL:
         n = 0 if s.whence == SEEK_HOLE else length
-    elif not image.sparse:
+    elif not port_load32(&image.sparse):
         n = 0 if s.whence == SEEK_DATA else length
     else:
         found = lseek(image.fd, <int64_t>offset, s.whence)
@@ -192,7 +193,7 @@ cdef int emit_seek(bio *b, device *image, uint64_t offset, uint64_t length) noex
             n = min(length, <uint64_t>found - offset)
     s.position += n
     b.done += n
-    return FUSE_FOUND if n < length else 0
+    return BIO_ENOUGH if n < length else 0
 
 
 cdef int fuse_seek(device *d, uint8_t *body, uint64_t *reply) noexcept nogil:
@@ -217,7 +218,7 @@ cdef int fuse_seek(device *d, uint8_t *body, uint64_t *reply) noexcept nogil:
     if rc == 0 and s.whence == SEEK_DATA:
         return -ENXIO
     reply[0] = s.position
-    return 0 if rc == FUSE_FOUND else rc
+    return 0 if rc == BIO_ENOUGH else rc
 
 
 cdef int fuse_fallocate(device *d, uint8_t *body, uint64_t *done) noexcept nogil:
@@ -298,6 +299,21 @@ cdef int fuse_transfer(
     return 0
 
 
+cdef int fuse_flush(device *d) noexcept nogil:
+    cdef operation o
+    memset(&o, 0, sizeof(o))
+    o.op = OP_FLUSH
+    return operation_run(d, &o)
+
+
+cdef inline bint fuse_is_slow(uint8_t *message) noexcept nogil:
+    """Whether a data request waits for a disk in any case."""
+    cdef uint32_t opcode = (<fuse_in_header *>message).opcode
+    if opcode == FUSE_WRITE:
+        return (<fuse_read_in *>(message + FUSE_IN_HEADER)).flags & O_DSYNC != 0
+    return opcode == FUSE_FSYNC or opcode == FUSE_FALLOCATE
+
+
 cdef int fuse_perform(
     uint8_t *message, uint8_t *reply, uint64_t *done, size_t *answered, bint in_place
 ) noexcept nogil:
@@ -305,22 +321,21 @@ cdef int fuse_perform(
     cdef uint8_t *body = message + FUSE_IN_HEADER
     cdef uint32_t opcode = (<fuse_in_header *>message).opcode
     cdef device *d = <device *><size_t>(<uint64_t *>body)[0]
-    cdef operation o
     cdef int rc = FUSE_GO_ON
     while rc == FUSE_GO_ON:
         answered[0] = 0
         port_read_lock(&d.gate.lock)
         if opcode == FUSE_READ or opcode == FUSE_WRITE:
             rc = fuse_transfer(d, message, reply + FUSE_OUT_HEADER, done, answered, in_place)
+            if rc == 0 and fuse_is_slow(message):
+                rc = fuse_flush(d)
         elif opcode == FUSE_FALLOCATE:
             rc = fuse_fallocate(d, body, done)
         elif opcode == FUSE_LSEEK:
             rc = fuse_seek(d, body, <uint64_t *>(reply + FUSE_OUT_HEADER))
             answered[0] = 8
         else:
-            memset(&o, 0, sizeof(o))
-            o.op = OP_FLUSH
-            rc = operation_run(d, &o)
+            rc = fuse_flush(d)
         port_read_unlock(&d.gate.lock)
     return rc
 
@@ -344,20 +359,18 @@ cdef int fuse_handle(fuse_connection *c, uint8_t *message, uint8_t *reply) noexc
     cdef uint64_t done = 0
     cdef size_t answered = 0
     cdef int rc
-    if opcode in (FUSE_READ, FUSE_WRITE, FUSE_LSEEK):
+    if fuse_is_slow(message):
+        rc = queue_copy(&c.slow, message, 0)
+    elif opcode not in (FUSE_READ, FUSE_WRITE, FUSE_LSEEK):
+        rc = queue_copy(&c.others, message, 0)
+    else:
         rc = fuse_perform(message, reply, &done, &answered, True)
         if rc == BIO_SHARED or rc == BIO_HELD:
             return fuse_gather(c, message, reply, done)
-        if rc > 0:
-            rc = queue_copy(&c.waiting, message, done)
-            if rc == 0:
-                return 0
-    else:
-        rc = queue_copy(
-            &c.slow if opcode in (FUSE_FSYNC, FUSE_FALLOCATE) else &c.others, message, 0)
-        if rc == 0:
-            return 0
-    return fuse_reply(c, message, reply, answered, rc)
+        if rc <= 0:
+            return fuse_reply(c, message, reply, answered, rc)
+        rc = queue_copy(&c.waiting, message, done)
+    return fuse_reply(c, message, reply, 0, rc) if rc else 0
 
 
 cdef int fuse_finish(fuse_connection *c, fuse_request *r, uint8_t *reply) noexcept nogil:
@@ -386,11 +399,10 @@ cdef int fuse_gather(
     cdef int rc
     if (<fuse_in_header *>message).len > FUSE_GATHER or queue_copy(&c.sharing, message, done):
         rc = fuse_perform(message, reply, &done, &answered, False)
-        if rc > 0:
-            rc = queue_copy(&c.waiting, message, done)
-            if rc == 0:
-                return 0
-        return fuse_reply(c, message, reply, answered, rc)
+        if rc <= 0:
+            return fuse_reply(c, message, reply, answered, rc)
+        rc = queue_copy(&c.waiting, message, done)
+        return fuse_reply(c, message, reply, 0, rc) if rc else 0
     rc = 0
     while gathering_begins(c):
         r = queue_take(&c.sharing, True)
@@ -474,7 +486,7 @@ cdef void fuse_work(fuse_connection *c, uint8_t *reply) noexcept nogil:
         if r != NULL:
             fuse_finish(c, r, reply)
         else:
-            port_event_wait(&c.slow.arrivals, seen, 1000)
+            port_event_wait(&c.slow.arrivals, seen, WAIT_SLICE)
 
 
 cdef void fuse_retry(fuse_connection *c) noexcept nogil:
@@ -486,9 +498,9 @@ cdef void fuse_retry(fuse_connection *c) noexcept nogil:
         arrived = port_event_count(&c.waiting.arrivals)
         changes = port_event_count(&c.gate.changes)
         if queue_is_empty(&c.waiting):
-            port_event_wait(&c.waiting.arrivals, arrived, 1000)
+            port_event_wait(&c.waiting.arrivals, arrived, WAIT_SLICE)
             continue
-        port_event_wait(&c.gate.changes, changes, 100)
+        port_event_wait(&c.gate.changes, changes, WAIT_SLICE)
         r = queue_take(&c.waiting, True)
         while r != NULL:
             following = r.next
@@ -581,7 +593,7 @@ cdef class FuseConnection:
         with nogil:
             fuse_retry(&self.c)
 
-    def take(self, long milliseconds):
+    def take(self, uint64_t milliseconds):
         """Return the next request that is not about data, None if none comes in time."""
         cdef fuse_request *r
         cdef uint64_t seen
@@ -589,7 +601,7 @@ cdef class FuseConnection:
             seen = port_event_count(&self.c.others.arrivals)
             r = queue_take(&self.c.others, False)
             if r == NULL and not port_load32(&self.c.stopping):
-                port_event_wait(&self.c.others.arrivals, seen, milliseconds)
+                port_event_wait(&self.c.others.arrivals, seen, 1000 * milliseconds)
                 r = queue_take(&self.c.others, False)
         if r == NULL:
             return None

@@ -22,6 +22,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from cow import _core
 from cow.device import MAX_NAME, Device, DeviceFile
@@ -262,17 +263,6 @@ class _Files:
         self._listings: dict[int, list[tuple[int, int, bytes]]] = {}
         self._interrupted: dict[int, float] = {}
         self._looked_at = 0.0
-        self._answers: dict[int, Callable[[int, bytes], bytes]] = {
-            LOOKUP: self._lookup,
-            GETATTR: self._getattr,
-            SETATTR: self._setattr,
-            OPEN: self._open,
-            RELEASE: self._release,
-            STATFS: self._statfs,
-            OPENDIR: self._opendir,
-            READDIR: self._readdir,
-            RELEASEDIR: self._releasedir,
-        }
 
     def run(self) -> None:
         """Answer until the connection ends, and close what is open then."""
@@ -299,10 +289,10 @@ class _Files:
             return
         code, answer = 0, b""
         try:
-            if opcode not in self._answers:
+            if opcode not in self._ANSWERS:
                 code = REFUSED.get(opcode, errno.ENOSYS)
             else:
-                answer = self._answers[opcode](number, body)
+                answer = self._ANSWERS[opcode](self, number, body)
         except (_Refused, CowOSError) as error:
             code = error.errno or errno.EIO
         except Exception:
@@ -461,6 +451,18 @@ class _Files:
                     del self._interrupted[unique]
             elif self._looked_at > since + FORGET_SECONDS:
                 del self._interrupted[unique]
+
+    _ANSWERS: ClassVar[dict[int, Callable[[_Files, int, bytes], bytes]]] = {
+        LOOKUP: _lookup,
+        GETATTR: _getattr,
+        SETATTR: _setattr,
+        OPEN: _open,
+        RELEASE: _release,
+        STATFS: _statfs,
+        OPENDIR: _opendir,
+        READDIR: _readdir,
+        RELEASEDIR: _releasedir,
+    }
 
 
 def _is_killed(thread: int) -> bool:
