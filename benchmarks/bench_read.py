@@ -107,10 +107,10 @@ def test_two_readers(race, images, scale, where):
     What memory gives to two threads is the machine's: numpy.take shows it. In the cache there is
     enough for both.
     """
-    blocks, repeat = images.plain.shape[0], 1
+    blocks, size, repeat = images.plain.shape[0], scale.batch, 1
     if where == "cache":
-        blocks, repeat = min(blocks, scale.cached), scale.batch // scale.cached
-    size = scale.batch // repeat
+        blocks = size = scale.cached
+        repeat = 4 * scale.batch // size
     rng = np.random.default_rng(2)
     snap = images.stand.dm.device("half")
     halves = [rng.integers(0, blocks, size // 2) for _ in range(2)]

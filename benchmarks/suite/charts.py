@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from typing import TYPE_CHECKING
 
 from suite.results import LIMIT, PEER, Race
 from suite.scale import GIB, amount
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # What each chart is called, and what its x axis says.
 TITLES = {
@@ -35,6 +31,8 @@ def file_name(chart: str) -> str:
 
 def draw(races: Sequence[Race], folder: Path) -> list[str]:
     """Draw every chart that has points; return which."""
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for chart in TITLES:
@@ -44,11 +42,10 @@ def draw(races: Sequence[Race], folder: Path) -> list[str]:
                 lines.setdefault(race.point.line, []).append(race)
         if not lines:
             continue
-        figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-        plot(axes, chart, lines)
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        plot(figure.add_subplot(), chart, lines)
         path = folder / file_name(chart)
         figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-        plt.close(figure)
         drawn.append(chart)
     return drawn
 
@@ -59,6 +56,8 @@ def plot(axes: Axes, chart: str, lines: dict[str, list[Race]]) -> None:
     Lines in the same unit are drawn in it; others as multiples of what ours cost at their first
     point.
     """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
     units = {race.unit for races in lines.values() for race in races}
     unit = units.pop() if len(units) == 1 else None
     for number, (line, races) in enumerate(lines.items()):

@@ -256,6 +256,7 @@ def compete(
 
     running = [server for server in servers if not server.missing]
     for number in range(scale.peer_rounds):
+        running = [*running[1:], *running[:1]]  # whoever is first is so once
         image = make_file(folder / f"image{number}", scale.served_size)
         stamp(image)
         try:
