@@ -155,8 +155,7 @@ def _segment(lv: LogicalVolume, number: int, segment: Segment) -> Iterator[str]:
     for area in segment.areas:
         end = area.start + segment.area_extents
         if isinstance(area.of, PhysicalVolume) and end > area.of.pe_count:
-            beyond = max(area.start, area.of.pe_count)
-            yield f"Segment with extent {beyond} in PV {area.of.label} not found"
+            yield f"Segment with extent {end} in PV {area.of.label} not found"
         elif isinstance(area.of, LogicalVolume) and end > area.of.extent_count:
             yield f"LV {lv.name} invalid: segment {number} needs LE {end - 1} of {area.of.name}."
 

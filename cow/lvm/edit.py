@@ -108,9 +108,9 @@ def extend_lv(
     old = lv.extent_count
     check_resize(lv)
     check_policy(policy)
+    _check_larger(old, extents)
     last = lv.segments[-1] if lv.segments else Segment(0, 0, "striped")
     if last.type in ("zero", "error"):
-        _check_larger(old, extents)
         append_segment(lv, Segment(old, extents - old, last.type))
         return
     if stripes is None and len({(len(s.areas), s.stripe_size) for s in lv.segments}) > 1:

@@ -290,11 +290,18 @@ class VolumeGroup:
         try:
             complete = write_generation(old, new, mdas, self.work, committed, self.report)
         except BaseException:
-            self.refresh()
+            self._read_again()
             raise
-        self._found.stale = [] if complete else self._found.stale
+        self._found.stale = []
         if not complete:
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Find out what is on the devices after a failure; what was known stays if they fail."""
+        try:
             self.refresh()
+        except OSError as error:
+            log.warning("%s: cannot be read again: %s", self, error)
 
     def _description(self, command: str) -> str:
         number = "" if self._writes == 0 or not self.command else f"[{self._writes + 1}]"
@@ -340,7 +347,7 @@ class VolumeGroup:
         check_vg_name(new_name)
         if new_name == self.name:
             raise RequestError("Old and new volume group names must differ")
-        if any(vg.name == new_name for vg in self._findings.vgs):
+        if any(vg.name == new_name and vg.id != self.id for vg in self._findings.vgs):
             raise AlreadyExists(f'New VG name "{new_name}" already exists')
         old_name = self.name
         with self.change(f"vgrename {old_name} {new_name}") as new:

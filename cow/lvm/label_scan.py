@@ -35,6 +35,20 @@ class PVDevice:
     """The VG that has it, also where that VG cannot be read; "" for an orphan."""
     vg_id: str = ""
 
+    @property
+    def claimed(self) -> bool:
+        """Whether it belongs to a VG, or may do so though the VG is not to be seen.
+
+        The label alone may say so after a crash in vgcreate or vgextend: then there is a metadata
+        area without text, which a VG that had the PV would have filled.
+        """
+        if self.vg_name:
+            return True
+        empty = any(
+            not mda.bad and not mda.ignored and not mda.committed.present for mda in self.mdas
+        )
+        return self.label.used and not empty
+
 
 @dataclass
 class TextCopy:
@@ -87,7 +101,11 @@ def scan_devices(devices: Iterable[tuple[str, _core.BlockDevice]]) -> Findings:
     copies: list[TextCopy] = []
     parsed: dict[bytes, Section] = {}
     for path, device in devices:
-        label = read_label(device, path, warn)
+        try:
+            label = read_label(device, path, warn)
+        except OSError as error:
+            warn(f"WARNING: Failed to read {path}: {error}")
+            label = None
         if label is None:
             found.without_label.append(path)
             continue
@@ -143,9 +161,10 @@ def _read_copy(
     if data not in parsed:
         parsed[data] = parse(data, warn)
     content = parsed[data]
-    for key, wanted in (("contents", CONTENTS), ("version", VERSION)):
-        if content.get(key) != wanted:
-            raise MetadataError(f"Can't process text format file - missing {key} field.")
+    if content.get("contents") != CONTENTS:
+        raise MetadataError("Can't process text format file - missing contents field.")
+    if content.get("version") != VERSION:
+        raise MetadataError("Can't process text format file - unrecognised version number.")
     name, section = next(content.sections(), ("", None))
     if section is None:
         raise MetadataError("Can't find volume group section.")

@@ -69,11 +69,14 @@ def create_pv(
         devices.open_all(others)
         findings = scan_devices(devices.items())
         for found in (*findings.devices, *findings.duplicates):
-            if found.device is device and (found.vg_name or found.label.used):
+            if found.device is device and found.vg_name:
                 raise InUse(
                     f'Can\'t initialize physical volume "{path}" of volume group'
                     f' "{found.vg_name}" without -ff\n{path}: physical volume not initialized.'
                 )
+            if found.device is device:
+                check_unused(found, "physical volume not initialized.")
+                continue
             if choice.uuid is not None and found.label.pv_id == plain_id(choice.uuid):
                 raise AlreadyExists(f'uuid {choice.uuid} already in use on "{found.path}".')
         if restore is not None:

@@ -155,7 +155,8 @@ def _read_lvs(vg: VolumeGroupMetadata, sections: Section) -> None:
         keys = [key for key, _ in section.sections() if re.fullmatch(r"segment[0-9]+", key)]
         if len(keys) != count:
             raise MetadataError(
-                f"{section.path}: segment_count is {count}, but there are {len(keys)} segments"
+                "segment_count and actual number of segments disagree for logical volume"
+                f" {name}: {count} and {len(keys)}"
             )
         segments.append((lv, [section.take_section(key) for key in keys]))
         lv.extra = section
@@ -226,7 +227,7 @@ class _SegmentReader:
         for name, start in zip(values[::2], values[1::2], strict=True):
             of = self._places.get(name) if isinstance(name, str) else None
             if of is None:
-                raise MetadataError(f"{section.where(key)}: there is no PV or LV {name}")
+                raise MetadataError(f"Couldn't find volume '{name}' for segment '{section.path}'.")
             if not isinstance(start, int) or not 0 <= start <= MAX_EXTENTS:
                 raise MetadataError(f"{section.where(key)}: {start!r} is no extent")
             areas.append(Area(of, start))

@@ -300,7 +300,7 @@ def make_pvs(
                 f"Physical volume '{path}' is already in volume group '{there.vg_name}'\n"
                 f"Unable to add physical volume '{path}' to volume group '{there.vg_name}'"
             )
-        if there is not None and there.label.used:
+        if there is not None and there.claimed:
             raise InUse(f"PV {path} is marked as belonging to a VG but its metadata is missing.")
         if there is None:
             layout(path, device.size, options)
@@ -318,9 +318,13 @@ def make_pvs(
 
 def check_unused(found: PVDevice, action: str) -> None:
     """Refuse to touch a PV that belongs to a VG."""
-    if found.vg_name or found.label.used:
-        vg_name = found.vg_name or "an unknown VG"
+    if found.vg_name:
         raise InUse(
-            f"PV {found.path} is used by {'VG ' if found.vg_name else ''}{vg_name} so please use"
-            f" vgreduce first.\n{found.path}: {action}"
+            f"PV {found.path} is used by VG {found.vg_name} so please use vgreduce first.\n"
+            f"{found.path}: {action}"
+        )
+    if found.claimed:
+        raise InUse(
+            f"PV {found.path} is marked as belonging to a VG but its metadata is missing.\n"
+            f"{found.path}: {action}"
         )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from . import SECTOR
 
@@ -75,3 +77,133 @@ def comments_of(text: str) -> tuple[str, str]:
     assert generator
     assert host
     return generator[1], host[1]
+
+
+# --- disks made by hand -------------------------------------------------------------------------
+
+MDA = 4096
+MDA_SIZE = 1044480
+MDA_MAGIC = bytes.fromhex("204c564d3220785b35412572304e2a3e")
+MIB = 1 << 20
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0xEDB88320 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+_CRC = _crc_table()
+
+
+def crc(data: bytes) -> int:
+    """Return LVM's checksum, reckoned byte by byte from the polynomial."""
+    value = 0xF597A6CF
+    for byte in data:
+        value = value >> 8 ^ _CRC[(value ^ byte) & 255]
+    return value
+
+
+def label_bytes(
+    pv_id: str,
+    *,
+    sector: int = 1,
+    size: int = 64 * MIB,
+    data: int = MIB,
+    mdas: tuple[tuple[int, int], ...] = ((MDA, MDA_SIZE),),
+    extension: bytes = struct.pack("<II", 2, 1),
+    offset: int = 32,
+    kind: bytes = b"LVM2 001",
+    says_sector: int | None = None,
+) -> bytes:
+    """Return a label sector."""
+    header = pv_id.encode() + struct.pack("<QQQQQ", size, data, 0, 0, 0)
+    header += b"".join(struct.pack("<QQ", *mda) for mda in mdas) + bytes(16) + extension
+    rest = struct.pack("<I8s", offset, kind).ljust(offset - 20, b"\0") + header
+    rest = rest.ljust(SECTOR - 20, b"\0")
+    says = sector if says_sector is None else says_sector
+    return b"LABELONE" + struct.pack("<QI", says, crc(rest)) + rest
+
+
+def mda_header(
+    slot0: tuple[int, int, int, int] = (0, 0, 0, 0),
+    slot1: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    start: int = MDA,
+    size: int = MDA_SIZE,
+    magic: bytes = MDA_MAGIC,
+    version: int = 1,
+) -> bytes:
+    """Return the header of a metadata area; a slot is (offset, size, checksum, flags)."""
+    data = struct.pack("<16sIQQ", magic, version, start, size)
+    data += struct.pack("<QQII", *slot0) + struct.pack("<QQII", *slot1)
+    data = data.ljust(508, b"\0")
+    return struct.pack("<I", crc(data)) + data
+
+
+class Disk:
+    """A disk to be damaged: an image file that is no PV yet, or a sample."""
+
+    def __init__(self, path: Path, size: int = 64 * MIB) -> None:
+        self.path = path
+        if not path.exists():
+            with path.open("wb") as file:
+                file.truncate(size)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        with self.path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def flip(self, offset: int) -> None:
+        """Change one byte."""
+        self.write(offset, bytes([self.read(offset, 1)[0] ^ 0x55]))
+
+    def label(self, pv_id: str, *, sector: int = 1, **fields: Any) -> None:
+        self.write(sector * SECTOR, label_bytes(pv_id, sector=sector, **fields))
+
+    def slots(self, mda: int = MDA) -> list[tuple[int, int, int, int]]:
+        """Return the two slots of a header."""
+        data = self.read(mda, SECTOR)
+        return [struct.unpack_from("<QQII", data, at) for at in (40, 64)]
+
+    def text(self, mda: int = MDA, size: int = MDA_SIZE) -> bytes:
+        """Return the committed text with its NUL."""
+        offset, length, _, _ = self.slots(mda)[0]
+        ring = self.read(mda + 512, size - 512)
+        return (ring + ring)[offset - 512 : offset - 512 + length]
+
+    def set_text(
+        self, text: bytes, *, offset: int = 512, mda: int = MDA, size: int = MDA_SIZE
+    ) -> None:
+        """Commit a text (a NUL is added) at an offset of the area; it wraps at its end."""
+        text = text.rstrip(b"\0") + b"\0"
+        first = min(len(text), size - offset)
+        self.write(mda + offset, text[:first])
+        self.write(mda + 512, text[first:] or self.read(mda + 512, 1))
+        slot = (offset, len(text), crc(text), 0)
+        self.write(mda, mda_header(slot, start=mda, size=size))
+
+    def edit(self, *changes: tuple[str, str], mda: int = MDA, size: int = MDA_SIZE) -> None:
+        """Commit the text with some strings replaced."""
+        text = self.text(mda, size).decode()
+        for old, new in changes:
+            assert old in text, f"{old!r} is not in the text"
+            text = text.replace(old, new)
+        self.set_text(text.encode(), mda=mda, size=size)
+
+
+def sample(name: str, folder: Path) -> list[Disk]:
+    """Write a sample and return its disks."""
+    return [Disk(Path(path)) for path in write_sample(name, folder)]
