@@ -670,8 +670,8 @@ def test_a_vg_opened_to_be_read_is_not_changed(tmp_path):
         vg.remove_lv("lin")
 
 
-# What the text may be like. lvm2 2.03.16 reads all of it but three: an unknown section in an LV, the
-# header first, and a name in quotes (in backup files it reads the last two).
+# What the text may be like. lvm2 2.03.16 reads all of it but three: an unknown section in an LV,
+# the header first, and a name in quotes (in backup files it reads the last two).
 
 ACCEPTED = {
     "CRLF": lambda text: text.replace("\n", "\r\n"),
@@ -739,7 +739,9 @@ REJECTED = {
         "LV lin invalid: segment 1 should begin at LE 0 (found 1)."
     ),
     '"pv0", 0 => "pv0", 13': "Segment with extent 16 in PV pv0 not found",
-    '"pv0", 0 => "pv7", 0': "Couldn't find volume 'pv7' for segment 'vga/logical_volumes/lin/segment1'.",
+    '"pv0", 0 => "pv7", 0': (
+        "Couldn't find volume 'pv7' for segment 'vga/logical_volumes/lin/segment1'."
+    ),
     "segment_count = 1 => segment_count = 2": (
         "segment_count and actual number of segments disagree for logical volume lin: 2 and 1"
     ),

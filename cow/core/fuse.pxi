@@ -110,6 +110,7 @@ cdef struct fuse_connection:
 cdef struct seek:
     int whence
     uint64_t position               # bytes of the device passed
+    extents looked
 
 
 cdef inline uint8_t *request_bytes(fuse_request *r) noexcept nogil:
@@ -179,18 +180,15 @@ cdef int queue_copy(fuse_queue *q, uint8_t *message, uint64_t done) noexcept nog
 cdef int emit_seek(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
     """Pass over data (SEEK_HOLE) or holes (SEEK_DATA), and stop at the first of the other."""
     cdef seek *s = <seek *>b.context
+    cdef known_run *found
     cdef uint64_t n = length
-    cdef int64_t found
     if image == NULL:
         n = 0 if s.whence == SEEK_HOLE else length
     elif not port_load32(&image.sparse):
         n = 0 if s.whence == SEEK_DATA else length
     else:
-        found = lseek(image.fd, <int64_t>offset, s.whence)
-        if found < 0 and errno != ENXIO:
-            found = <int64_t>offset if s.whence == SEEK_DATA else <int64_t>(offset + length)
-        if found >= 0:
-            n = min(length, <uint64_t>found - offset)
+        found = extents_look(&s.looked, image, offset)
+        n = 0 if found.data == (s.whence == SEEK_DATA) else min(length, found.end - offset)
     s.position += n
     b.done += n
     return BIO_ENOUGH if n < length else 0
@@ -202,6 +200,7 @@ cdef int fuse_seek(device *d, uint8_t *body, uint64_t *reply) noexcept nogil:
     cdef operation o
     cdef seek s
     cdef int rc
+    memset(&s, 0, sizeof(s))
     s.whence = <int>args.whence
     s.position = args.offset
     if s.whence not in (SEEK_DATA, SEEK_HOLE):

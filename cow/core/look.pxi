@@ -7,12 +7,23 @@ cdef struct extent:
     uint8_t zero
     uint8_t pad[6]
 
+cdef enum:
+    KNOWN_RUNS = 4                  # a snapshot looks at its store and its origin in turn
+
+cdef struct known_run:              # data of an image, or a hole
+    device *image
+    uint64_t offset
+    uint64_t end
+    bint data
+
 cdef struct extents:
     extent *items
     uint64_t count
     uint64_t capacity
     uint64_t start
     uint64_t most                   # stop there, and ask only what is zero; 0: look at all
+    known_run known[KNOWN_RUNS]     # to find the end of a run takes time that grows with it
+    uint32_t oldest
 
 cdef struct run:
     uint64_t runs
@@ -40,32 +51,46 @@ cdef int emit_run(bio *b, device *image, uint64_t offset, uint64_t length) noexc
 cdef int emit_extent(bio *b, device *image, uint64_t offset, uint64_t length) noexcept nogil:
     """Append a run to the extents, cut at the holes of the image."""
     cdef int source = FROM_ORIGIN if b.source == FROM_NOWHERE else b.source
-    cdef int64_t data, hole
+    cdef extents *e = <extents *>b.context
+    cdef known_run *found
     cdef uint64_t n
     cdef int rc = 0
-    if b.done == 0:
-        (<extents *>b.context).count = 0    # the pass before met a suspended device
+    if b.done == 0:                 # the pass before met a suspended device
+        e.count = 0
+        memset(e.known, 0, sizeof(e.known))
     if image == NULL or not port_load32(&image.sparse):
         rc = extents_append(b, length, FROM_ZERO if image == NULL else source, image == NULL)
         b.done += length
         return rc
     while length and rc == 0:
-        data = lseek(image.fd, <int64_t>offset, SEEK_DATA)
-        if data < 0 and errno == ENXIO:
-            data = <int64_t>(offset + length)
-        elif data < 0:
-            data = <int64_t>offset
-        if <uint64_t>data > offset:
-            n = min(length, <uint64_t>data - offset)
-            rc = extents_append(b, n, source, True)
-        else:
-            hole = lseek(image.fd, <int64_t>offset, SEEK_HOLE)
-            n = min(length, <uint64_t>hole - offset) if hole > <int64_t>offset else length
-            rc = extents_append(b, n, source, False)
+        found = extents_look(e, image, offset)
+        n = min(length, found.end - offset)
+        rc = extents_append(b, n, source, not found.data)
         b.done += n
         offset += n
         length -= n
     return rc
+
+
+cdef known_run *extents_look(extents *e, device *image, uint64_t offset) noexcept nogil:
+    """Return the run of data, or the hole, that an offset of a sparse image lies in."""
+    cdef known_run *run
+    cdef int64_t at
+    cdef int i
+    for i in range(KNOWN_RUNS):
+        run = &e.known[i]
+        if run.image == image and run.offset <= offset < run.end:
+            return run
+    run = &e.known[e.oldest]
+    e.oldest = (e.oldest + 1) % KNOWN_RUNS
+    run.image = image
+    run.offset = offset
+    at = lseek(image.fd, <int64_t>offset, SEEK_DATA)
+    run.data = at == <int64_t>offset or at < 0 and errno != ENXIO
+    if run.data:
+        at = lseek(image.fd, <int64_t>offset, SEEK_HOLE)
+    run.end = <uint64_t>at if at > <int64_t>offset else ~<uint64_t>0
+    return run
 
 
 cdef int extents_append(bio *b, uint64_t length, int source, bint zero) noexcept nogil:
