@@ -246,7 +246,7 @@ class Author:
             self.move_snapshot: 3,
             self.stack_snapshot: 2,
             self.unstack: 1,
-            self.merge_snapshot: 6,
+            self.merge_snapshot: 6 if self.parts == 1 else 12,
             self.end_merge: 3,
             self.wipe: 3,
             self.pause: 3,

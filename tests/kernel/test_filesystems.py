@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import cow
 
 from .judge import Judge, replayer
-from .uml import SBIN
+from .uml import SBIN, Kernel
 
 SIZES = {"ext4": 64 << 20, "xfs": 304 << 20}
 MAKE = {"ext4": ["mke2fs", "-q", "-F", "-t", "ext4"], "xfs": ["mkfs.xfs", "-q", "-f"]}
@@ -268,8 +269,36 @@ def test_cow_reads_and_merges_what_the_kernel_worked_on(judge, seed, kind):
         check_export(disks, ours.device("s0"), frozen)
 
 
+@pytest.mark.parametrize("kind", SIZES)
+def test_cow_serves_what_the_kernel_wrote_until_its_plug_was_pulled(judge, seed, kind):
+    rng = random.Random(f"{seed} plug {kind}")
+    disks, sectors = Disks(judge, kind), SIZES[kind] // 512
+    first = random_tree(rng, "first", 120)
+    images = {"b": disks.make(first), "c0": disks.empty("c0"), "c1": disks.empty("c1")}
+    late = disks.changes(random_tree(rng, "late", 300), [])
+    with Kernel(judge.folder) as kernel:
+        steps = [*stack(sectors), disks.mounted("%base"), *snapshots(sectors), ["work", []], *late]
+        kernel.start(images, [*steps, ["run", "sync"]])
+        kernel.hear("@did 0", 60)
+        time.sleep(rng.random() * 0.5)
+        kernel.kill()
+    judge.figures["plugs pulled while the kernel wrote"] += 1
+
+    with cow.Mapper() as dm:
+        ours = Ours(dm, images)
+        ours.run(*stack(sectors), *snapshots(sectors))
+        check_export(disks, ours.device("s0"), first)
+        assert set(sums(first)) <= set(exported(disks, ours.device("base")))
+        ours.run(*merge(sectors))
+        check_export(disks, ours.device("base"), first)
+        check_export(disks, ours.device("s0"), first)
+
+
 def check_export(disks: Disks, device: cow.Device, tree: Tree) -> None:
+    assert sorted(exported(disks, device)) == sums(tree), device.name
+
+
+def exported(disks: Disks, device: cow.Device) -> list[str]:
     """Write what a device shows to a plain image, and let the kernel mount and check that."""
     image = disks.write("export", device.pread(device.size, 0))
-    seen = disks.guest({"x": image}, disks.look("@x"))
-    assert sorted(seen[0]) == sums(tree), device.name
+    return disks.guest({"x": image}, disks.look("@x"))[0]
