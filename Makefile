@@ -9,9 +9,10 @@ TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 THREADED := $(addprefix tests/test_,$(addsuffix .py,threads vectors lifecycle device_io model))
 FUZZ := $(patsubst fuzz/fuzz_%.py,%,$(wildcard fuzz/fuzz_*.py))
 FUZZ_SECONDS ?= 60
+LIVE_SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-kernel bench bench-peers bench-report lint format sdist debug asan tsan fuzz \
+.PHONY: help setup build demo test test-kernel test-live bench bench-peers bench-report lint format sdist debug asan tsan fuzz \
 	coverage clean
 
 help: ## List these targets
@@ -30,6 +31,10 @@ test: ## Run the tests; ARGS="--seed N" repeats a run, ARGS="-k WORD" picks test
 test-kernel: ## Compare with the real kernel, run as a process (User Mode Linux): three minutes
 	@tools/setup test
 	@$(BIN)/pytest tests/kernel $(ARGS)
+
+test-live: ## Take, copy and merge snapshots while fio verifies the origin, twice LIVE_SECONDS (300)
+	@tools/setup test
+	@COW_LIVE_SECONDS=$(LIVE_SECONDS) $(BIN)/pytest -rP tests/test_live.py $(ARGS)
 
 bench: setup ## Run the benchmarks, each beside its limit; ARGS="--scale small" for a quick look
 	@$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
