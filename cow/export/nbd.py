@@ -67,7 +67,7 @@ class NbdServer:
         local = is_local(self._socket)
         if tls is None and not local:
             self._socket.close()
-            raise InvalidArgument(f"{self.address}: not a loopback address, and there is no TLS")
+            raise InvalidArgument(f"{self.address}: not a loopback address, and without TLS")
         if tls is not None and not tls.verify_peer and not local:
             log.warning("%s: everybody who can connect gets in (--tls-verify-peer)", self.address)
         self.tls_required = tls is not None and (tls.required or not local)
