@@ -316,10 +316,28 @@ def test_tcp_is_for_the_loopback_alone(rig):
     assert int(size) == SECTORS * SECTOR
 
 
-@pytest.mark.parametrize("address", ["", "unix:", "tcp:", "tcp:localhost", "udp:1:2", "tcp:::x"])
+@pytest.mark.parametrize(
+    "address", ["", "unix:", "tcp:", "tcp:localhost", "udp:1:2", "tcp:::x", "tcp:127.0.0.1:65536"]
+)
 def test_an_address_that_is_none_is_refused(rig, address):
     with pytest.raises(cow.InvalidArgument, match=re.escape("neither unix:PATH nor tcp:")):
         NbdServer(rig.dm, address)
+
+
+def test_a_path_that_fits_in_no_address_is_refused(rig, tmp_path):
+    with pytest.raises(cow.InvalidArgument, match="too long"):
+        NbdServer(rig.dm, f"unix:{tmp_path}/{'n' * 108}")
+
+
+def test_an_address_that_is_taken_or_unknown_is_refused(rig):
+    with (
+        NbdServer(rig.dm, "tcp:127.0.0.1:0") as server,
+        pytest.raises(cow.InvalidArgument, match="in use"),
+    ):
+        NbdServer(rig.dm, f"tcp:127.0.0.1:{server.port}")
+    for address in ("tcp:no.such.host.invalid:10809", "tcp:192.0.2.1:10809"):
+        with pytest.raises(cow.InvalidArgument, match=address):
+            NbdServer(rig.dm, address)
 
 
 def test_the_socket_is_its_owners_and_goes_with_the_server(rig, tmp_path):

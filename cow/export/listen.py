@@ -18,15 +18,15 @@ def listen(address: str) -> socket.socket:
     if kind == "unix" and rest:
         return _listen_unix(rest)
     host, _, port = rest.rpartition(":")
-    if kind != "tcp" or not host or not port.isdecimal():
+    if kind != "tcp" or not host or not port.isdecimal() or int(port) >= 1 << 16:
         raise InvalidArgument(f"{address}: neither unix:PATH nor tcp:HOST:PORT")
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         family, _, _, _, where = found[0]
         return socket.create_server(where[:2], family=family)
-    except (OSError, OverflowError) as error:
-        text = error.strerror if isinstance(error, OSError) else "no such port"
-        raise InvalidArgument(f"{address}: {text or error}") from error
+    except OSError as error:
+        code = None if isinstance(error, socket.gaierror) else error.errno
+        raise InvalidArgument(f"{address}: {error.strerror or error}", code) from error
 
 
 class Listener:
@@ -95,7 +95,7 @@ def _listen_unix(path: str) -> socket.socket:
             listener.bind(path)
     except OSError as error:
         listener.close()
-        raise InvalidArgument(f"unix:{path}: {error.strerror}", error.errno) from error
+        raise InvalidArgument(f"unix:{path}: {error.strerror or error}", error.errno) from error
     finally:
         os.umask(mask)
     listener.listen(128)
