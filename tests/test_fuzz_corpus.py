@@ -14,7 +14,7 @@ import pytest
 
 CORPUS = Path(__file__).resolve().parent.parent / "fuzz" / "corpus"
 # How many random inputs each harness gets; a program takes a hundred times as long as a table.
-RANDOM = {"table": 2500, "concise": 1500, "store": 300, "program": 120}
+RANDOM = {"table": 2500, "concise": 1500, "store": 300, "program": 120, "lvm": 1200}
 
 
 def corpus(name: str) -> list[Path]:

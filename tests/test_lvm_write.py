@@ -329,6 +329,7 @@ def test_a_text_too_long_for_the_ring_is_refused(tmp_path):
         ({"name": "-x"}, lvm.RequestError, 'New volume group name "-x" is invalid.'),
         ({"name": "."}, lvm.RequestError, 'New volume group name "." is invalid.'),
         ({"name": "x" * 128}, lvm.RequestError, "is invalid."),
+        ({"name": "contents"}, lvm.RequestError, 'New volume group name "contents" is invalid.'),
         ({"extent_size": 0}, lvm.RequestError, "Physical extent size may not be zero"),
         ({"extent_size": 6}, lvm.LVMError, "must be a multiple of 128.00 KiB when not a power"),
         ({"tags": ["a@b"]}, lvm.RequestError, "Invalid tag a@b."),
@@ -350,6 +351,20 @@ def test_a_vg_of_that_name_may_be_there_already(tmp_path):
     with pytest.raises(lvm.InUse, match="is already in volume group 'vga'"):
         lvm.create_vg("new", [str(free), str(used)])
     assert not any(free.read(0, 2 * MIB))
+
+
+def test_a_pv_whose_vg_is_not_to_be_seen_is_not_taken(tmp_path):
+    (disk,) = make_disks(tmp_path, 1)
+    disk.label("x" * 32, mdas=())
+    before = disk.path.read_bytes()
+    for refused in (
+        lambda: lvm.create_vg("vg", [str(disk)]),
+        lambda: lvm.create_pv(str(disk)),
+        lambda: lvm.remove_pv(str(disk)),
+    ):
+        with pytest.raises(lvm.InUse, match="is used by a VG but its metadata is missing"):
+            refused()
+    assert disk.path.read_bytes() == before
 
 
 def test_a_vg_may_have_extents_of_384_kib(tmp_path):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from cow.lvm.errors import MetadataError
 from cow.lvm.names import ID_LENGTH
 from cow.units import SECTOR_SIZE
 
@@ -90,8 +91,10 @@ def read_label(
             wrong = f"Ignoring additional label on {where} at sector {number}"
         elif found is not None:
             label = found
+        else:
+            wrong = f"{where}: {wrong} - ignoring."
         if wrong and warn:
-            warn(wrong.format(where=where))
+            warn(wrong)
     return label
 
 
@@ -101,17 +104,17 @@ def _parse(sector: bytes, number: int) -> tuple[Label | None, str]:
     if own_number != number:
         return (
             None,
-            f"{{where}}: Label for sector {own_number} found at sector {number} - ignoring.",
+            f"Label for sector {own_number} found at sector {number}",
         )
     if crc != checksum(sector[_CHECKED_FROM:]):
-        return None, f"{{where}}: Label checksum incorrect at sector {number} - ignoring."
+        return None, f"Label checksum incorrect at sector {number}"
     if kind != TYPE:
-        return None, f"{{where}}: Label type {kind!r} at sector {number} is not LVM2 - ignoring."
+        return None, f"Label type {kind!r} at sector {number} is not LVM2"
     if not _HEAD.size <= offset <= SECTOR_SIZE - _PV_HEADER.size:
-        return None, f"{{where}}: PV header at byte {offset} of the label - ignoring."
+        return None, f"PV header at byte {offset} of the label"
     pv_id, device_size = _PV_HEADER.unpack_from(sector, offset)
     if not re.fullmatch(rb"[0-9A-Za-z!#]{32}", pv_id):
-        return None, f"{{where}}: Label at sector {number} has no valid uuid - ignoring."
+        return None, f"Label at sector {number} has no valid uuid"
     reader = _Reader(sector, offset + _PV_HEADER.size)
     label = Label(pv_id.decode(), device_size, reader.regions(), reader.regions(), sector=number)
     label.extension_version, label.extension_flags = reader.extension()
@@ -148,7 +151,7 @@ class _Reader:
 
 
 def label_bytes(label: Label) -> bytes:
-    """Return the sector of a label."""
+    """Return the sector of a label; MetadataError if it has too many areas."""
     end = _REGION.pack(0, 0)
     header = _PV_HEADER.pack(label.pv_id.encode(), label.device_size)
     for regions in (label.data_areas, label.metadata_areas):
@@ -156,7 +159,8 @@ def label_bytes(label: Label) -> bytes:
     header += _EXTENSION.pack(label.extension_version, label.extension_flags)
     header += b"".join(_REGION.pack(*region) for region in label.bootloader_areas) + end
     size = SECTOR_SIZE - _HEAD.size
-    assert len(header) <= size
+    if len(header) > size:
+        raise MetadataError(f"The label of PV {label.pv_id} does not fit into a sector.")
     checked = struct.pack("<I8s", _HEAD.size, TYPE) + header.ljust(size, b"\0")
     return struct.pack("<8sQI", MAGIC, label.sector, checksum(checked)) + checked
 

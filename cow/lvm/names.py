@@ -20,6 +20,11 @@ _ID_GROUPS = (6, 4, 4, 4, 4, 4, 6)
 _NAME = re.compile(r"(?!-)[A-Za-z0-9._+-]+")
 _TAG = re.compile(r"[A-Za-z0-9_+.\-/=!:&#]+")
 
+HEADER_KEYS: Final = tuple(
+    "contents version description creation_host creation_host_system_id creation_time".split()
+)
+"""What stands beside the VG in its text: a VG of such a name could not be read again."""
+
 RESERVED_PREFIXES: Final = ("snapshot", "pvmove")
 RESERVED_PARTS: Final = tuple(
     "_cdata _cmeta _corig _cpool _cvol _wcorig _mimage _mlog _rimage _rmeta _tdata _tmeta _vdata"
@@ -34,7 +39,7 @@ def is_name(name: str) -> bool:
 
 def check_vg_name(name: str) -> None:
     """Refuse a name that no new VG may have."""
-    if not is_name(name):
+    if not is_name(name) or name in HEADER_KEYS:
         raise RequestError(f'New volume group name "{name}" is invalid.')
 
 

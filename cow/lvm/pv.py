@@ -301,7 +301,10 @@ def make_pvs(
                 f"Unable to add physical volume '{path}' to volume group '{there.vg_name}'"
             )
         if there is not None and there.claimed:
-            raise InUse(f"PV {path} is marked as belonging to a VG but its metadata is missing.")
+            raise InUse(
+                f"PV {path} is used by a VG but its metadata is missing.\n"
+                f"Can't initialize PV '{path}' without -ff."
+            )
         if there is None:
             layout(path, device.size, options)
             check_new_device(path, device, confirm, report)
@@ -325,6 +328,5 @@ def check_unused(found: PVDevice, action: str) -> None:
         )
     if found.claimed:
         raise InUse(
-            f"PV {found.path} is marked as belonging to a VG but its metadata is missing.\n"
-            f"{found.path}: {action}"
+            f"PV {found.path} is used by a VG but its metadata is missing.\n{found.path}: {action}"
         )

@@ -279,15 +279,15 @@ def disk_text(vg_name: str, vg: Section, header: Section, generator: str, host: 
     comment behind creation_host.
     """
     lines = [f"{_key_text(vg_name)} {{", *_Writer(vg, backup=False).body(), "}"]
-    lines += [*_header_lines(header, generator, host), "", ""]
-    return ("\n".join(lines) + "\0").encode("utf-8", "surrogateescape")
+    lines += [*_header_lines(header, generator, host), *_other_sections(header, backup=False)]
+    return ("\n".join([*lines, "", ""]) + "\0").encode("utf-8", "surrogateescape")
 
 
 def backup_text(vg_name: str, vg: Section, header: Section, generator: str, host: str = "") -> str:
     """Write the text as LVM does into /etc/lvm/backup and archive."""
     lines = [*_header_lines(header, generator, host), ""]
     lines += [f"{_key_text(vg_name)} {{", *_Writer(vg, backup=True).body(), "}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_other_sections(header, backup=True)]) + "\n"
 
 
 def section_text(section: Section) -> str:
@@ -310,8 +310,17 @@ def _header_lines(header: Section, generator: str, host: str) -> list[str]:
             lines.append(f"{line}\t# {comment}" if comment else line)
     known = {"creation_host", "creation_host_system_id", "creation_time"}.union(*_HEADER_GROUPS)
     others = Section()
-    others.update((key, value) for key, value in header.items() if key not in known)
+    for key, value in header.items():
+        if key not in known and not isinstance(value, Section):
+            others[key] = value
     return lines + _Writer(others, backup=False).body(0)
+
+
+def _other_sections(header: Section, *, backup: bool) -> list[str]:
+    """Write the sections beside that of the VG, which has to be the first."""
+    others = Section()
+    others.update(header.sections())
+    return _Writer(others, backup=backup).body(0)
 
 
 def _plain(value: Value) -> str:
