@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 
-from baselines import make_file
+from suite.baselines import make_file
+from suite.race import limit
 
 import cow
 from cow.daemon.server import Server
+
+SECTION = "The command line"
 
 
 def test_dm(race, tmp_images):
@@ -28,9 +31,8 @@ def test_dm(race, tmp_images):
         race(
             "cow dm status, cold",
             lambda: run("-m", "cow", "dm", "status", "base"),
-            ("python -c pass", lambda: run("-c", "pass")),
+            limit("python -c pass", lambda: run("-c", "pass")),
             count=1,
             unit="",
-            within=0.1,
         )
         server.stop()
