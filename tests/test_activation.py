@@ -52,6 +52,13 @@ def test_nbdcopy_reads_from_a_server_it_started(tmp_path):
     assert (tmp_path / "copy").read_bytes() == b"disk" * 1024
 
 
+def listens(path: str) -> bool:
+    """Tell whether somebody listens at a Unix socket, without connecting to it (proc_net(5))."""
+    with open("/proc/net/unix", encoding="utf-8") as sockets:
+        rows = [line.split() for line in sockets]
+    return any(row[-1] == path and int(row[3], 16) & 0x10000 for row in rows[1:])
+
+
 class Activated:
     """A `cow serve` behind systemd-socket-activate, which listens at control.sock and nbd.sock."""
 
@@ -64,7 +71,7 @@ class Activated:
             stderr=subprocess.PIPE,
             cwd=folder,
         )
-        poll(lambda: os.path.exists(self.nbd))
+        poll(lambda: listens(self.control) and listens(self.nbd))
 
     def end(self, number: int | None = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal, or none; return the exit status and what was logged."""
