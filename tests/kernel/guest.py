@@ -290,7 +290,7 @@ class Machine:
         flags = [bool(info.flags & flag) for flag in (LIVE, INACTIVE, SUSPENDED)]
         return [info.minor, info.opens, info.events, info.count if flags[0] else 0, *flags]
 
-    def do_waitmerge(self, name: str, seconds: float = 60) -> list[str]:
+    def do_waitmerge(self, name: str, seconds: float = 240) -> list[str]:
         end = time.monotonic() + seconds
         while True:
             line = self.control.lines(name)[0]

@@ -16,7 +16,7 @@ from support.shrink import shrink
 import cow
 
 from .programs import Guide, Program, Step, sensible
-from .uml import Kernel, KernelError
+from .uml import Kernel
 
 
 class Difference(AssertionError):
@@ -52,7 +52,7 @@ class Replayer(trace.Replayer):
 
     def do_waitmerge(self, name: str) -> list[str]:
         # Not by its status: that of a store which overflowed does not tell how far a merge is.
-        return [self.numbered(self.dm.wait_merge(name, timeout=60), 0)]
+        return [self.numbered(self.dm.wait_merge(name, timeout=240), 0)]
 
     def do_inactive(self) -> list[str]:
         lines = self.dm.table(inactive=True).splitlines()
@@ -184,6 +184,9 @@ class Judge:
         self.release = ""
 
     def running(self) -> Kernel:
+        if self.kernel is not None and self.kernel.failed:
+            self.kernel.kill()
+            self.kernel = None
         if self.kernel is None:
             self.kernel = Kernel(self.folder)
             self.release = self.kernel.release
@@ -200,13 +203,7 @@ class Judge:
 
     def ask(self, images: dict[str, Path], steps: list[Step]) -> list[Any]:
         """Let the kernel run steps on images."""
-        try:
-            return self.running().run(images, steps)
-        except KernelError:
-            assert self.kernel is not None
-            self.kernel.kill()
-            self.kernel = None
-            raise
+        return self.running().run(images, steps)
 
     def difference(
         self, program: Program, steps: list[Step], durability: str = "process"

@@ -129,7 +129,7 @@ def test_cow_goes_on_where_the_kernel_was_killed(judge, seed, number):
     kernel.start(images, [*STACK, ["work", kernel_writes(writes)]])
     done = -1
     while done < stop:
-        done = acknowledged(kernel.hear("@did", 60))
+        done = acknowledged(kernel.hear("@did"))
     time.sleep(rng.random() * 0.001)
     kernel.kill()
     done = max([done, *map(acknowledged, kernel.heard())])
@@ -165,7 +165,7 @@ def test_cow_ends_a_merge_that_the_kernel_was_killed_in(judge, seed, number):
     kernel = Kernel(judge.folder)
     wait = ["mergeto", "base", rng.randint(2, allocated(before))]
     kernel.start(images, [*STACK, ["work", kernel_writes(writes)], *MERGE, wait])
-    kernel.hear("@merging", 60)
+    kernel.hear("@merging")
     kernel.kill()
     note_cut(judge, "the kernel", images["c0"], before)
     with Ours(images) as ours:

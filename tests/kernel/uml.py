@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 KERNEL = "linux.uml"
 MEMORY = 512 << 20
 NEEDED = (KERNEL, "e2fsck", "mke2fs", "mkfs.xfs", "xfs_repair")
+PATIENCE = 300.0  # seconds: a busy machine is slow, a hang is rare
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 Step = list[Any]
@@ -96,7 +97,8 @@ class Kernel:
         self.home = Path(tempfile.mkdtemp(prefix="uml-", dir=folder))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.home / "host"))
-        self.socket.settimeout(20)
+        self.socket.settimeout(PATIENCE)
+        self.failed = False
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LD_")}
         self.process = subprocess.Popen(
             [
@@ -127,7 +129,7 @@ class Kernel:
         self.reader = threading.Thread(target=self.listen, daemon=True)
         self.reader.start()
         try:
-            self.release = self.hear("@ready", 60).split()[1]
+            self.release = self.hear("@ready").split()[1]
         except BaseException:
             self.kill()
             raise
@@ -150,7 +152,7 @@ class Kernel:
                 self.console.append(text)
         self.lines.put(None)
 
-    def hear(self, word: str, seconds: float) -> str:
+    def hear(self, word: str, seconds: float = PATIENCE) -> str:
         """Return the next line of the agent that begins with `word`."""
         end = time.monotonic() + seconds
         while True:
@@ -168,12 +170,16 @@ class Kernel:
         return [line for line in iter(self.lines.get, None) if line is not None]
 
     def error(self, text: str) -> KernelError:
+        self.failed = True
         return KernelError("\n    ".join([f"the guest: {text}; its console:", *self.console[-40:]]))
 
     def say(self, text: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{text}\n".encode())
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(f"{text}\n".encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self.error(f"ended before {text}") from None
 
     # disks
 
@@ -181,8 +187,11 @@ class Kernel:
         """Send a command to UML's management console."""
         text = command.encode()
         packet = struct.pack("<III", 0xCAFEBABE, 2, len(text)) + text.ljust(512, b"\0")
-        self.socket.sendto(packet, str(self.home / "k" / "mconsole"))
-        answer = self.socket.recv(4096)
+        try:
+            self.socket.sendto(packet, str(self.home / "k" / "mconsole"))
+            answer = self.socket.recv(4096)
+        except OSError as error:
+            raise self.error(f"{command}: {error}") from error
         failed, _, length = struct.unpack_from("<III", answer)
         if failed:
             raise self.error(f"{command}: {answer[12 : 12 + length].decode()}")
@@ -231,7 +240,7 @@ class Kernel:
         self.say(name)
         return name
 
-    def finish(self, name: str, seconds: float = 60) -> list[Any]:
+    def finish(self, name: str, seconds: float = PATIENCE) -> list[Any]:
         """Wait until a job is done, and return its answers."""
         self.hear(f"@done {name}", seconds)
         answer = self.folder / f"{name}.answer"
@@ -248,7 +257,7 @@ class Kernel:
         steps: Sequence[Step],
         *,
         clean: bool = True,
-        seconds: float = 60,
+        seconds: float = PATIENCE,
     ) -> list[Any]:
         """Run steps on images and return the answers."""
         return self.finish(self.start(images, steps, clean), seconds)
@@ -271,7 +280,7 @@ class Kernel:
     def close(self) -> None:
         """Shut the guest down, or kill it where that takes too long."""
         if self.process.poll() is None:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(KernelError):
                 self.say("quit")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=10)

@@ -43,7 +43,7 @@ def main() -> None:
     while job["merge"]:
         if int(dm.status("base").split(" ")[3].split("/")[0]) <= job["left"]:
             os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    time.sleep(240)
 
 
 if __name__ == "__main__":
