@@ -7,9 +7,12 @@ seed gives the same program on every machine, as long as this module and the mod
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import support
 from support import SECTOR
 from support.model import Merge, Model, Nonsense, Snapshot
 
@@ -25,6 +28,13 @@ LARGEST_CHUNKS = (
     + (512, 1024, 2048)
 )
 """Sectors: one is drawn for a program, whose chunks are that large or up to 16 times smaller."""
+
+
+def version() -> str:
+    """Return a few letters that change with whatever a program of the same seed depends on."""
+    here, there = Path(__file__).parent, Path(support.__file__).parent
+    files = (here / "author.py", here / "programs.py", there / "model.py", there / "__init__.py")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def cut(table: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from .author import version
 from .judge import Judge
 from .uml import KernelError, missing, scratch
 
@@ -25,6 +26,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many new random programs to compare with the kernel (default: %(default)s)",
     )
+
+    parser.addoption(
+        "--program",
+        type=int,
+        metavar="SEED",
+        help="the seed of the one new program to compare, as a failure names it",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the generator: a seed means another program to another version of it."""
+    return f"kernel: programs by author {version()}"
 
 
 def pytest_terminal_summary(
