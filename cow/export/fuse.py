@@ -151,9 +151,9 @@ class FuseMount:
         self.mapper = mapper
         self.directory = os.path.realpath(directory)
         self._readers = threads
-        self._threads: list[threading.Thread] = []
-        self._files: _Files | None = None
         self._device = 0
+        self._connection: _core.FuseConnection | None = None
+        self._thread: threading.Thread | None = None
         if fusermount.prepare(self.directory):
             log.info("%s: unmounted what a dead server left", self.directory)
 
@@ -161,43 +161,62 @@ class FuseMount:
         """Mount, and begin to answer."""
         file = fusermount.mount(self.directory)
         try:
+            self._device = fusermount.mounted(self.directory) or 0
             _initialize(file)
             os.set_blocking(file, False)
-            self._files = _Files(self.mapper, file)
+            self._connection = _core.FuseConnection(file, self.mapper.gate)
         except BaseException:
-            fusermount.unmount(self.directory)
             os.close(file)
+            self._unmount()
             raise
-        self._device = fusermount.mounted(self.directory) or 0
         self.mapper.images.own_file_systems.add(self._device)
-        connection = self._files.connection
-        slow = [connection.work] * SLOW_THREADS
-        for job in [self._serve] * self._readers + slow + [connection.retry, self._files.run]:
-            thread = threading.Thread(target=job, name="cow-fuse", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._thread = threading.Thread(
+            target=self._run, args=(self._connection, file), name="cow-fuse", daemon=True
+        )
+        self._thread.start()
 
     def stop(self) -> None:
         """Unmount, let requests under way finish, and end; who has files open loses them."""
-        if self._files is None:
+        if self._connection is None or self._thread is None:
             return
-        if fusermount.mounted(self.directory) == self._device:
+        self._unmount()
+        self._connection.stop()
+        self._thread.join()
+        self._connection = self._thread = None
+        self.mapper.images.own_file_systems.discard(self._device)
+
+    def _unmount(self) -> None:
+        if self._device and fusermount.mounted(self.directory) == self._device:
             try:
                 fusermount.unmount(self.directory)
             except MountError as error:
                 log.warning("%s", error)
-        self._files.connection.stop()
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-        os.close(self._files.file)
-        self._files = None
-        self.mapper.images.own_file_systems.discard(self._device)
 
-    def _serve(self) -> None:
+    def _run(self, connection: _core.FuseConnection, file: int) -> None:
+        """Answer requests until stop(), or until somebody unmounts.
+
+        Closing the descriptor ends all requests that are left, so that no program waits for ever.
+        """
+        files = _Files(self.mapper, connection, file)
+        jobs: list[Callable[[], None]] = [lambda: self._serve(connection)] * self._readers
+        jobs += [connection.work] * SLOW_THREADS + [connection.retry]
+        threads = [threading.Thread(target=job, name="cow-fuse", daemon=True) for job in jobs]
+        try:
+            for thread in threads:
+                thread.start()
+            files.answer_all()
+        except Exception:
+            log.exception("%s: not served any more", self.directory)
+        finally:
+            connection.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            files.close()
+            os.close(file)
+
+    def _serve(self, connection: _core.FuseConnection) -> None:
         """Answer data requests. When the file system is unmounted, that ends everything."""
-        assert self._files is not None
-        connection = self._files.connection
         try:
             connection.serve()
         except OSError:
@@ -248,12 +267,12 @@ def _initialize(file: int) -> None:
 
 
 class _Files:
-    """Answers what is asked about names, attributes and open files: one thread, in run()."""
+    """Answers what is asked about names, attributes and open files, in one thread."""
 
-    def __init__(self, mapper: Mapper, file: int) -> None:
+    def __init__(self, mapper: Mapper, connection: _core.FuseConnection, file: int) -> None:
         self.mapper = mapper
+        self.connection = connection
         self.file = file
-        self.connection = _core.FuseConnection(file, mapper.gate)
         self._owner = (os.getuid(), os.getgid())
         self._mounted_at = time.time_ns()
         self._numbers = itertools.count(ROOT + 1)
@@ -264,14 +283,17 @@ class _Files:
         self._interrupted: dict[int, float] = {}
         self._looked_at = 0.0
 
-    def run(self) -> None:
-        """Answer until the connection ends, and close what is open then."""
+    def answer_all(self) -> None:
+        """Answer until the connection ends."""
         while not self.connection.stopped:
             request = self.connection.take(100 if self._interrupted else 1000)
             if request is not None:
                 self._answer(request)
             if self._interrupted and time.monotonic() > self._looked_at + KILLED_SECONDS:
                 self._give_up_killed()
+
+    def close(self) -> None:
+        """Let go of the devices that are open."""
         for files in self._opened.values():
             for file in files:
                 _close(file)
