@@ -19,6 +19,7 @@ from support.lvm import MDA, MIB, SECTOR, Disk, mda_header, sample
 import cow
 from cow import lvm
 from cow.lvm.allocation import PVRange
+from cow.lvm.backups import Backups
 from cow.lvm.check import problems
 from cow.lvm.edit import remove_lv
 from cow.lvm.label import label_bytes, read_label
@@ -860,6 +861,43 @@ def test_a_uuid_that_is_there_is_not_given_again(tmp_path):
     pv_id = lvm.create_pv(str(used))
     with pytest.raises(lvm.AlreadyExists, match="already in use"):
         lvm.create_pv(str(new), uuid=pv_id, others=[str(used)])
+
+
+def test_each_command_is_archived_and_backed_up(tmp_path):
+    backups = Backups(tmp_path / "etc" / "backup", tmp_path / "etc" / "archive")
+    with make_vg(make_disks(tmp_path)) as vg:
+        vg.backups = backups
+        vg.command = "first command"
+        vg.create_lv("a", extents=1)
+        vg.create_lv("b", extents=1)
+        assert vg.metadata.header["description"] == "Write[2] from first command."
+        vg.command = "second command"
+        vg.remove_lv("a")
+        assert vg.metadata.header["description"] == "Write from second command."
+        archived = sorted(path.name for path in backups.archive_dir.iterdir())
+        assert [name[:9] for name in archived] == ["vg_00000-", "vg_00001-"]
+        texts = [(backups.archive_dir / name).read_text() for name in archived]
+        assert "seqno = 1\n" in texts[0]
+        assert "description = \"Created *before* executing 'second command'\"" in texts[1]
+        assert "seqno = 3\n" in texts[1]
+        now = backups.backup_dir / "vg"
+        assert "description = \"Created *after* executing 'second command'\"" in now.read_text()
+        assert "seqno = 4\n" in now.read_text()
+        assert now.stat().st_mode & 0o777 == 0o600
+        vg.restore(texts[1])
+        assert [lv.name for lv in vg.lvs()] == ["a", "b"]
+
+
+def test_a_backup_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with make_vg(make_disks(tmp_path)) as vg:
+        vg.backups = Backups(backup_dir=tmp_path / "file")
+        vg.create_lv("a", extents=1)
+        assert vg.said[0].startswith("WARNING: This metadata update is NOT backed up: ")
+        vg.backups = Backups(archive_dir=tmp_path / "file")
+        with pytest.raises(OSError, match="file"):
+            vg.create_lv("b", extents=1)
+        assert vg.metadata.seqno == 2
 
 
 # LVs.

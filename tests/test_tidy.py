@@ -42,6 +42,7 @@ LAYERS = (
     "cow.lvm.devices",
     "cow.lvm.pv",
     "cow.lvm.commit",
+    "cow.lvm.backups",
     "cow.lvm.group",
     "cow.lvm.manage",
     "cow.lvm",

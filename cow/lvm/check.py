@@ -213,7 +213,7 @@ def _writing_problems(vg: VolumeGroupMetadata) -> Iterator[str]:
     yield from _overlaps(vg, LogicalVolume)
     if not is_power_of_2(vg.extent_size) and vg.extent_size % 256:
         yield f"Extent size {vg.extent_size} sectors is neither a power of 2 nor whole 128 KiB."
-    if vg.max_lv and sum(lv.visible for lv in vg.lvs) > vg.max_lv:
+    if vg.max_lv and len(vg.visible_lvs()) > vg.max_lv:
         yield f"Maximum number of logical volumes ({vg.max_lv}) reached in volume group {vg.name}"
     if vg.max_pv and len(vg.pvs) > vg.max_pv:
         yield f"Maximum number of physical volumes ({vg.max_pv}) exceeded for {vg.name}"
@@ -226,12 +226,7 @@ def _writing_problems(vg: VolumeGroupMetadata) -> Iterator[str]:
         for segment in lv.segments:
             if segment.type == "striped" and len(segment.areas) > 1:
                 yield from _stripes(lv, segment)
-            if segment.type == "snapshot" and segment.runnable:
-                yield from _snapshot(lv, segment)
-    for lv in vg.lvs:
-        merging = [each.name for each in lv.snapshots if each.segments[0].merging]
-        if len(merging) > 1:
-            yield f"LV {lv.name} has more than one merging snapshot: {', '.join(merging)}."
+    yield from _snapshots(vg)
 
 
 def _names(vg: VolumeGroupMetadata) -> Iterator[str]:
@@ -251,8 +246,9 @@ def _names(vg: VolumeGroupMetadata) -> Iterator[str]:
             yield f'Logical volume name "{name}" is invalid.'
         elif not fits(vg.name, name):
             yield f'Name "{vg.name}/{name}" is too long.'
+    stood_on = {below for lv in vg.lvs for below in _below(lv)}
     for lv in vg.lvs:
-        if lv.name in labels and any(below is lv for other in vg.lvs for below in _below(other)):
+        if lv.name in labels and lv in stood_on:
             yield f"LV {lv.name} has the name of a PV's section and an LV stands on it."
     tags = {*vg.tags, *(tag for pv in vg.pvs for tag in pv.tags)}
     tags.update(tag for lv in vg.lvs for tag in lv.tags)
@@ -272,21 +268,26 @@ def _stripes(lv: LogicalVolume, segment: Segment) -> Iterator[str]:
         )
 
 
-def _snapshot(lv: LogicalVolume, segment: Segment) -> Iterator[str]:
-    chunk = segment.chunk_size
-    if not is_power_of_2(chunk) or not MIN_SNAPSHOT_CHUNK <= chunk <= MAX_SNAPSHOT_CHUNK:
-        yield f"{lv.name}: Chunk size must be a power of 2 in the range 4K to 512K."
-        return
-    origin, cow = segment.origin, segment.cow
-    assert origin is not None
-    assert cow is not None
-    if cow.sectors < MIN_SNAPSHOT_CHUNKS * chunk:
-        yield f"Snapshot volume {cow.name} cannot be smaller than {MIN_SNAPSHOT_CHUNKS} chunks."
-    if origin is cow or cow.is_snapshot_record or origin.is_snapshot_record:
-        yield f"{lv.name}: {origin.name} and {cow.name} cannot be origin and COW store."
-    if origin.is_cow or cow.is_origin:
-        yield "Snapshots of snapshots are not supported."
-    if cow.snapshot is not lv:
-        yield f"COW store {cow.name} is used by {lv.name} and another snapshot."
-    if segment.extent_count > origin.extent_count:
-        yield f"{lv.name}: larger than its origin {origin.name}."
+def _snapshots(vg: VolumeGroupMetadata) -> Iterator[str]:
+    by_cow, by_origin = vg.records_by_cow(), vg.records_by_origin()
+    for record in vg.snapshot_records:
+        segment = record.segments[0]
+        origin, cow, chunk = segment.origin, segment.cow, segment.chunk_size
+        if origin is None or cow is None:
+            continue
+        if not is_power_of_2(chunk) or not MIN_SNAPSHOT_CHUNK <= chunk <= MAX_SNAPSHOT_CHUNK:
+            yield f"{record.name}: Chunk size must be a power of 2 in the range 4K to 512K."
+        elif cow.sectors < MIN_SNAPSHOT_CHUNKS * chunk:
+            yield f"Snapshot volume {cow.name} cannot be smaller than {MIN_SNAPSHOT_CHUNKS} chunks."
+        if origin is cow or cow.is_snapshot_record or origin.is_snapshot_record:
+            yield f"{record.name}: {origin.name} and {cow.name} cannot be origin and COW store."
+        if origin in by_cow or cow in by_origin:
+            yield "Snapshots of snapshots are not supported."
+        if by_cow[cow] is not record:
+            yield f"COW store {cow.name} is used by {record.name} and another snapshot."
+        if segment.extent_count > origin.extent_count:
+            yield f"{record.name}: larger than its origin {origin.name}."
+    for origin, records in by_origin.items():
+        merging = [record.name for record in records if record.segments[0].merging]
+        if len(merging) > 1:
+            yield f"LV {origin.name} has more than one merging snapshot: {', '.join(merging)}."

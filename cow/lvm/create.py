@@ -106,7 +106,7 @@ def new_lv_name(vg: VolumeGroupMetadata, name: str | None) -> str:
 
 def check_limit(vg: VolumeGroupMetadata) -> None:
     """Refuse a further LV where the VG has its number."""
-    if vg.max_lv and sum(lv.visible for lv in vg.lvs) >= vg.max_lv:
+    if vg.max_lv and len(vg.visible_lvs()) >= vg.max_lv:
         raise LVMError(
             f"Maximum number of logical volumes ({vg.max_lv}) reached in volume group {vg.name}"
         )

@@ -281,7 +281,7 @@ def change_vg(
         rest = [word for word in vg.status if word != "RESIZEABLE"]
         vg.status = ["RESIZEABLE", *rest] if resizeable else rest
     if max_lv is not None:
-        count = sum(lv.visible for lv in vg.lvs)
+        count = len(vg.visible_lvs())
         if max_lv and max_lv < count:
             raise LVMError(
                 f"MaxLogicalVolume is less than the current number {count} of LVs for {vg.name}"

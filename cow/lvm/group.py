@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cow.lvm import create, edit
+from cow.lvm.backups import Backups
 from cow.lvm.check import change_problem, check_change, problems, reading_problems, refuse_change
 from cow.lvm.commit import (
     ActiveWork,
@@ -120,10 +121,11 @@ class VolumeGroup:
         self.report: Callable[[str], None] = log.info
         self.confirm: Callable[[str], bool] = lambda question: True
         self.work: ActiveWork | None = None
-        self.command = ""
-        """The command line that later changes are described with; else the name of the method."""
+        self.backups: Backups | None = None
+        """Where the metadata before and after each command is kept."""
         self.partial = False
         """Whether LVs that miss a PV may be activated."""
+        self._command = ""
         self._writes = 0
         self._take(vg, findings)
 
@@ -183,6 +185,19 @@ class VolumeGroup:
     def __repr__(self) -> str:
         return f"<VolumeGroup {self.name} seqno {self.metadata.seqno}>"
 
+    @property
+    def command(self) -> str:
+        """The command line that later changes are described with; "": the name of the method.
+
+        Set it when a command begins: its first change is archived, the others are numbered.
+        """
+        return self._command
+
+    @command.setter
+    def command(self, command: str) -> None:
+        self._command = command
+        self._writes = 0
+
     # Looking.
 
     @property
@@ -202,8 +217,9 @@ class VolumeGroup:
 
     def lvs(self, *, hidden: bool = False) -> list[LogicalVolume]:
         """Return the LVs that LVM shows; with `hidden` all but the snapshotN records."""
-        shown = (lv for lv in self.metadata.lvs if not lv.is_snapshot_record)
-        return [lv for lv in shown if hidden or lv.visible]
+        if hidden:
+            return [lv for lv in self.metadata.lvs if not lv.is_snapshot_record]
+        return self.metadata.visible_lvs()
 
     def lv(self, name: str) -> LogicalVolume:
         """Return an LV by name; LVNotFound if there is none."""
@@ -273,6 +289,8 @@ class VolumeGroup:
             pv.device_hint = device_hint(pv)
         new.header = new_header(old.header, self._description(command))
         check_change(old, new)
+        if self.backups and not (self._command and self._writes):
+            self.backups.archive(old, self._command or command)
         self._update_labels(joined)
         mdas = [*usable_mdas(new), *repaired]
         for mda in self._found.stale:
@@ -295,6 +313,11 @@ class VolumeGroup:
         self._found.stale = []
         if not complete:
             self._read_again()
+        if self.backups:
+            try:
+                self.backups.backup(self.metadata, self._command or command)
+            except OSError as error:
+                self.report(f"WARNING: This metadata update is NOT backed up: {error}")
 
     def _read_again(self) -> None:
         """Find out what is on the devices after a failure; what was known stays if they fail."""
@@ -304,8 +327,8 @@ class VolumeGroup:
             log.warning("%s: cannot be read again: %s", self, error)
 
     def _description(self, command: str) -> str:
-        number = "" if self._writes == 0 or not self.command else f"[{self._writes + 1}]"
-        return f"Write{number} from {self.command or command}."
+        number = f"[{self._writes + 1}]" if self._writes and self._command else ""
+        return f"Write{number} from {self._command or command}."
 
     def _update_labels(self, joined: Sequence[PVDevice]) -> None:
         """Write the labels that do not say that their PVs are used."""
@@ -383,7 +406,7 @@ class VolumeGroup:
         """Remove the VG with all its LVs; its PVs belong to nobody then."""
         with self.lock:
             self._check_writable()
-            for lv in [lv for lv in self.metadata.lvs if lv.visible]:
+            for lv in self.metadata.visible_lvs():
                 if self.metadata.find_lv(lv.name) is not None:
                     self.remove_lv(lv.name)
             if left := [lv.name for lv in self.metadata.lvs]:
@@ -439,7 +462,7 @@ class VolumeGroup:
 
     def backup(self) -> str:
         """Return the metadata as vgcfgbackup writes it."""
-        return metadata_backup(self.metadata, self.command or f"vgcfgbackup {self.name}")
+        return metadata_backup(self.metadata, self._command or f"vgcfgbackup {self.name}")
 
     def restore(self, text: str) -> None:
         """Make the metadata of a backup the next generation (vgcfgrestore)."""

@@ -238,15 +238,7 @@ class LogicalVolume:
         A COW store is as visible as its origin (of a sparse snapshot it always is), whatever its
         status says; snapshotN never is, though its status says so.
         """
-        if self.is_snapshot_record:
-            return False
-        record = self.snapshot
-        if record is None:
-            return "VISIBLE" in self.status
-        origin = record.segments[0].origin
-        if origin is None or "VISIBLE" not in origin.status:
-            return origin is not None
-        return not record.segments[0].merging
+        return _is_visible(self, self.snapshot)
 
     @property
     def users(self) -> list[LogicalVolume]:
@@ -258,6 +250,18 @@ class LogicalVolume:
 
     def __repr__(self) -> str:
         return f"<LogicalVolume {self} {self.extent_count} extents>"
+
+
+def _is_visible(lv: LogicalVolume, record: LogicalVolume | None) -> bool:
+    """Tell whether an LV is shown; `record` is the snapshotN whose COW store it is."""
+    if lv.is_snapshot_record:
+        return False
+    if record is None:
+        return "VISIBLE" in lv.status
+    origin = record.segments[0].origin
+    if origin is None or "VISIBLE" not in origin.status:
+        return origin is not None
+    return not record.segments[0].merging
 
 
 NOT_LV_KEYS: Final = ("cache_mode", "discards", "policy")
@@ -317,6 +321,29 @@ class VolumeGroupMetadata:
     def snapshot_records(self) -> list[LogicalVolume]:
         """The snapshotN records."""
         return [lv for lv in self.lvs if lv.is_snapshot_record]
+
+    def records_by_cow(self) -> dict[LogicalVolume, LogicalVolume]:
+        """Return the snapshotN record of every COW store: for those who look at many LVs."""
+        records: dict[LogicalVolume, LogicalVolume] = {}
+        for record in self.snapshot_records:
+            cow = record.segments[0].cow
+            if cow is not None:
+                records.setdefault(cow, record)
+        return records
+
+    def records_by_origin(self) -> dict[LogicalVolume, list[LogicalVolume]]:
+        """Return the snapshotN records of every origin."""
+        records: dict[LogicalVolume, list[LogicalVolume]] = {}
+        for record in self.snapshot_records:
+            origin = record.segments[0].origin
+            if origin is not None:
+                records.setdefault(origin, []).append(record)
+        return records
+
+    def visible_lvs(self) -> list[LogicalVolume]:
+        """Return the LVs that LVM shows, in their order."""
+        records = self.records_by_cow()
+        return [lv for lv in self.lvs if _is_visible(lv, records.get(lv))]
 
     @property
     def extent_count(self) -> int:

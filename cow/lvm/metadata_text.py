@@ -257,9 +257,10 @@ def vg_section(vg: VolumeGroupMetadata) -> Section:
     pvs = vg.extra.copy().take_section("physical_volumes")
     pvs.update((pv.label, _pv_section(pv)) for pv in vg.pvs)
     lvs = vg.extra.copy().take_section("logical_volumes")
-    shown = {lv: lv.visible for lv in vg.lvs}
-    for visible in (True, False):
-        lvs.update((lv.name, _lv_section(lv)) for lv in vg.lvs if shown[lv] is visible)
+    visible = vg.visible_lvs()
+    shown = set(visible)
+    for lv in [*visible, *(lv for lv in vg.lvs if lv not in shown)]:
+        lvs[lv.name] = _lv_section(lv)
     known["physical_volumes"] = pvs
     known["logical_volumes"] = lvs or None
     return _ordered(known, vg.extra, _VG_KEYS)
