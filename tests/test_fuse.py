@@ -18,6 +18,7 @@ import pytest
 from support import SECTOR, Rig, image, poll, stamp, wait_merge
 from support.crash import FLUSH, read_log
 from support.fuse import fallocate, mounts, need_fuse, need_root
+from support.libc_faults import MEMORY, LibcFaults
 from support.nbd import READ, WRITE, Client, need, run
 
 import cow
@@ -743,6 +744,88 @@ def test_what_fusermount3_says_is_passed_on(rig, tmp_path, monkeypatch):
     with pytest.raises(cow.CowError, match="mount failed: Permission denied") as caught:
         FuseMount(rig.dm, str(tmp_path)).start()
     assert caught.value.errno == errno.EACCES
+
+
+# --- the n-th libc call of the core fails ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faults() -> LibcFaults:
+    return LibcFaults()
+
+
+class Shaken:
+    """A mount that is used while calls fail."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.dm = cow.Mapper(durability="process")
+        self.rig = Rig(self.dm, folder, 1024)
+        self.rig.snap(cow_sectors=4096)
+        self.directory = folder / "mnt"
+        self.directory.mkdir()
+        self.codes: set[int | None] = set()
+
+    def attempt(self, call, *args):
+        """Do what may fail with an error, and note which."""
+        try:
+            return call(*args)
+        except OSError as error:
+            self.codes.add(error.errno)
+
+    def use(self) -> None:
+        """Do something of each kind."""
+        file = self.attempt(os.open, self.directory / "base", os.O_RDWR)
+        if file is None:
+            return
+        self.attempt(os.pread, file, 4096, 0)
+        self.attempt(os.pwrite, file, b"x" * 4096, 0)
+        self.attempt(os.pwrite, file, b"x" * (1 << 17), 8192)
+        self.attempt(os.fsync, file)
+        self.attempt(os.lseek, file, 0, os.SEEK_HOLE)
+        self.attempt(os.listdir, self.directory)
+        self.attempt(os.close, file)
+
+    def check(self) -> None:
+        """All works in a new mount, and neither device has lost anything."""
+        with FuseMount(self.dm, str(self.directory)):
+            with open(self.directory / "base", "r+b", buffering=0) as file:
+                assert file.write(b"y" * 512) == 512
+            data = (self.directory / "base").read_bytes()
+            assert data[:512] == b"y" * 512
+            assert data[1 << 18 :] == self.rig.before[1 << 18 :]
+            if not self.dm.status("snap").endswith("Invalid"):
+                assert (self.directory / "snap").read_bytes() == self.rig.before
+        self.dm.close()
+
+
+@pytest.mark.parametrize(
+    ("calls", "code", "allowed"),
+    [
+        (MEMORY, errno.ENOMEM, {errno.ENOMEM, errno.EIO}),
+        ("eventfd epoll_create1", errno.EMFILE, set()),
+        ("read", errno.EINTR, None),
+        ("read", errno.ENOENT, None),
+        ("read", errno.EIO, set()),
+    ],
+)
+def test_a_call_that_fails_ends_the_mount_at_most(faults, tmp_path, calls, code, allowed):
+    need_fuse()
+    # None: nothing fails. Otherwise the mount may end, and no program waits for ever.
+    ended = {errno.ENOTCONN, errno.ECONNABORTED, errno.ENOENT, errno.ENODEV}
+    for number, fault in enumerate(faults.each(calls, code)):
+        shaken = Shaken(tmp_path / str(number))
+        mount = FuseMount(shaken.dm, str(shaken.directory))
+        with fault:
+            try:
+                mount.start()
+            except (OSError, MemoryError):
+                assert allowed is not None
+            else:
+                shaken.use()
+                mount.stop()
+        assert shaken.codes <= (set() if allowed is None else allowed | ended)
+        shaken.check()
 
 
 # --- cow serve --mount ----------------------------------------------------------------------------

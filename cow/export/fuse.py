@@ -198,9 +198,12 @@ class FuseMount:
         Closing the descriptor ends all requests that are left, so that no program waits for ever.
         """
         files = _Files(self.mapper, connection, file)
-        jobs: list[Callable[[], None]] = [lambda: self._serve(connection)] * self._readers
+        jobs = [connection.serve] * self._readers
         jobs += [connection.work] * SLOW_THREADS + [connection.retry]
-        threads = [threading.Thread(target=job, name="cow-fuse", daemon=True) for job in jobs]
+        threads = [
+            threading.Thread(target=self._do, args=(job, connection), name="cow-fuse", daemon=True)
+            for job in jobs
+        ]
         try:
             for thread in threads:
                 thread.start()
@@ -215,11 +218,11 @@ class FuseMount:
             files.close()
             os.close(file)
 
-    def _serve(self, connection: _core.FuseConnection) -> None:
-        """Answer data requests. When the file system is unmounted, that ends everything."""
+    def _do(self, job: Callable[[], None], connection: _core.FuseConnection) -> None:
+        """Do a job until it ends. Whichever does first, as all do at an unmount, ends the rest."""
         try:
-            connection.serve()
-        except OSError:
+            job()
+        except Exception:
             log.exception("%s: not served any more", self.directory)
         finally:
             connection.stop()
@@ -238,9 +241,8 @@ def _initialize(file: int) -> None:
     _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
     major, minor, max_readahead, flags = INIT_IN.unpack_from(request, IN_HEADER.size)
     wanted = sum(INIT_FLAGS.values())
-    (more,) = struct.unpack_from("=I", request, IN_HEADER.size + INIT_IN.size) or (0,)
     if flags & INIT_FLAGS["INIT_EXT"]:
-        flags |= more << 32
+        flags |= struct.unpack_from("=I", request, IN_HEADER.size + INIT_IN.size)[0] << 32
     if opcode != INIT or (major, minor) < (MAJOR, LEAST_MINOR):
         raise MountError(
             f"the kernel speaks version {major}.{minor} of FUSE, at least "

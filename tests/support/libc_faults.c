@@ -14,6 +14,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -33,7 +35,10 @@
 	EACH(msync, int, -1, (void *a, size_t b, int c), (a, b, c))                                \
 	EACH(sigaction, int, -1, (int a, const struct sigaction *b, struct sigaction *c), (a, b, c)) \
 	EACH(send, ssize_t, -1, (int a, const void *b, size_t c, int d), (a, b, c, d))             \
-	EACH(recv, ssize_t, -1, (int a, void *b, size_t c, int d), (a, b, c, d))
+	EACH(recv, ssize_t, -1, (int a, void *b, size_t c, int d), (a, b, c, d))                   \
+	EACH(read, ssize_t, -1, (int a, void *b, size_t c), (a, b, c))                             \
+	EACH(epoll_create1, int, -1, (int a), (a))                                                 \
+	EACH(eventfd, int, -1, (unsigned a, int b), (a, b))
 
 enum {
 #define NUMBER(name, type, failure, parameters, arguments) AT_##name,
