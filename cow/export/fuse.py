@@ -95,7 +95,10 @@ INIT_FLAGS = {
     "DIRECT_IO_ALLOW_MMAP": 1 << 36,
 }
 FOPEN_DIRECT_IO = 1 << 0
+FOPEN_NOFLUSH = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
+OPENED = FOPEN_DIRECT_IO | FOPEN_NOFLUSH | FOPEN_PARALLEL_DIRECT_WRITES
+"""A close has nothing to flush; were it told to us, a process that forks would wait for itself."""
 FATTR_MODE = 1 << 0
 FATTR_UID = 1 << 1
 FATTR_GID = 1 << 2
@@ -448,7 +451,7 @@ class _Files:
         handle = self.connection.handle(device)
         file = DeviceFile(device, writable=writing)
         self._opened.setdefault(handle, []).append(file)
-        return OPEN_OUT.pack(handle, FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES, 0)
+        return OPEN_OUT.pack(handle, OPENED, 0)
 
     def _release(self, number: int, body: bytes) -> bytes:
         (handle,) = struct.unpack_from("=Q", body)
