@@ -14,6 +14,7 @@ import pytest
 from support import lvm as support
 from support.lvm import MDA, MDA_SIZE, MIB, SECTOR, Disk, mda_header, sample
 
+import cow
 from cow import lvm
 
 
@@ -575,6 +576,66 @@ def test_a_device_that_shrank_is_told(tmp_path):
         assert vg.readonly_reason == "Volume group vgb was opened read-only."
 
 
+# The devices.
+
+
+def test_images_are_given_back_when_a_vg_is_closed(tmp_path):
+    disks = sample("b_striped", tmp_path)
+    with lvm.VolumeGroup.open(disks) as vg, pytest.raises(cow.ImageLocked):
+        lvm.VolumeGroup.open(disks, mapper=cow.Mapper())
+    assert vg.name == "vgb"
+    with lvm.VolumeGroup.open(disks, readonly=True), lvm.VolumeGroup.open(disks, readonly=True):
+        pass
+
+
+def test_a_mapper_keeps_an_image_as_long_as_somebody_uses_it(tmp_path):
+    (disk,) = sample("a_linear", tmp_path)
+    path = str(disk)
+    with cow.Mapper() as dm:
+        first = lvm.VolumeGroup.open([path], mapper=dm)
+        second = lvm.VolumeGroup.open([path], mapper=dm)
+        assert first.pvs[0].device is second.pvs[0].device
+        dm.create("linear", f"0 8 linear {path} 2048")
+        first.close()
+        second.refresh()
+        second.close()
+        assert not second.pvs[0].device.removed
+        dm.remove("linear")
+        assert second.pvs[0].device.removed
+        with lvm.VolumeGroup.open([path], mapper=dm) as third:
+            third.create_lv("lv", extents=1)
+
+
+def test_an_image_that_is_open_to_be_read_cannot_be_changed(tmp_path):
+    (disk,) = sample("a_linear", tmp_path)
+    with cow.Mapper() as dm:
+        dm.image(str(disk), readonly=True)
+        with lvm.VolumeGroup.open([disk], readonly=True, mapper=dm) as vg:
+            assert vg.name == "vga"
+        with pytest.raises(cow.ImageError, match="opened read-only"):
+            lvm.VolumeGroup.open([disk], mapper=dm)
+
+
+def test_pvs_may_be_on_dm_devices(tmp_path):
+    disks = sample("b_striped", tmp_path)
+    with cow.Mapper() as dm:
+        for number, disk in enumerate(disks):
+            dm.create(f"pv{number}", f"0 131072 linear {disk} 0")
+        with lvm.VolumeGroup.open(["pv0", "/dev/mapper/pv1"], mapper=dm) as vg:
+            assert [pv.path for pv in vg.pvs] == ["pv0", "/dev/mapper/pv1"]
+            vg.create_lv("lv", extents=1)
+            assert [pv.device_hint for pv in vg.pvs] == ["/dev/mapper/pv0", "/dev/mapper/pv1"]
+
+
+def test_what_cannot_be_opened_is_an_error_and_closes_the_rest(tmp_path):
+    (disk,) = sample("a_linear", tmp_path)
+    with cow.Mapper() as dm:
+        with pytest.raises(cow.ImageNotFound):
+            lvm.scan([disk, tmp_path / "nosuch.img"], mapper=dm)
+        with cow.Mapper() as other:
+            lvm.VolumeGroup.open([disk], mapper=other).close()
+
+
 # Several VGs.
 
 
@@ -641,7 +702,7 @@ READ_ONLY = {
 def test_a_vg_may_be_read_but_not_changed(change, tmp_path):
     (disk,) = sample("a_linear", tmp_path)
     disk.edit(tuple(change.split(" => ")))
-    before = disk.path.read_bytes()
+    before = disk.metadata()
     with lvm.VolumeGroup.open([disk]) as vg:
         assert [lv.name for lv in vg.lvs()] == ["lin"]
         with pytest.raises(lvm.VGNotWritable) as caught:
@@ -650,7 +711,7 @@ def test_a_vg_may_be_read_but_not_changed(change, tmp_path):
         assert caught.value.exit_code == 5
         with pytest.raises(lvm.VGNotWritable):
             vg.remove()
-    assert disk.path.read_bytes() == before
+    assert disk.metadata() == before
 
 
 def test_a_vg_that_misses_a_pv_is_not_changed(tmp_path):

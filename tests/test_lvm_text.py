@@ -9,6 +9,7 @@ import time
 import pytest
 from support import lvm as support
 
+from cow.lvm.check import problems
 from cow.lvm.errors import MetadataError
 from cow.lvm.metadata_text import vg_from_section, vg_from_text, vg_section
 from cow.lvm.names import (
@@ -52,6 +53,23 @@ def test_every_generation_on_a_real_disk_comes_back_to_the_byte(disk, copied, ut
             vg = vg.copy()
         again = disk_text(vg.name, vg_section(vg), vg.header, *support.comments_of(text.decode()))
         assert again.decode() == text.decode()
+
+
+def test_a_text_with_every_kind_of_segment_comes_back_to_the_byte(utc):
+    text = support.every_kind()
+    vg = vg_from_text(parse(text))
+    again = disk_text(vg.name, vg_section(vg.copy()), vg.header, *support.comments_of(text))
+    assert again == text.encode() + b"\0"
+    assert problems(vg) == []
+    kinds = {lv.name: lv.segments[0] for lv in vg.lvs}
+    assert [name for name, segment in kinds.items() if not segment.runnable] == [
+        *("r1", "r0", "cached", "pool", "thin", "cp_cpool"),
+    ]
+    assert all(segment.known for segment in kinds.values())
+    assert kinds["cp_cpool"].type_flags == ["METADATA_FORMAT"]
+    assert kinds["mir"].mirror_log is vg.lv("mir_mlog")
+    assert [area.of.name for area in kinds["mir"].areas] == ["mir_mimage_0", "mir_mimage_1"]
+    assert kinds["lin2"].areas[0].of is vg.lv("a")
 
 
 @pytest.mark.parametrize("sample", support.SAMPLES)

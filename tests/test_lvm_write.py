@@ -21,8 +21,11 @@ from cow import lvm
 from cow.lvm.allocation import PVRange
 from cow.lvm.backups import Backups
 from cow.lvm.check import problems
-from cow.lvm.edit import remove_lv
+from cow.lvm.commit import metadata_bytes
+from cow.lvm.edit import remove_lv, rename_lv
 from cow.lvm.label import label_bytes, read_label
+from cow.lvm.metadata_text import vg_from_text
+from cow.lvm.text import parse
 
 PVCK = shutil.which("pvck", path="/usr/sbin:/sbin:/usr/bin")
 needs_pvck = pytest.mark.skipif(PVCK is None, reason="pvck (Debian: lvm2) is not installed")
@@ -149,12 +152,12 @@ def test_a_device_under_two_mib_is_too_small(tmp_path):
 
 def test_a_pv_of_a_vg_is_not_made_anew_or_removed(tmp_path):
     (disk,) = sample("a_linear", tmp_path)
-    before = disk.path.read_bytes()
+    before = disk.metadata()
     with pytest.raises(lvm.InUse, match='of volume group "vga" without -ff'):
         lvm.create_pv(str(disk))
     with pytest.raises(lvm.InUse, match="is used by VG vga so please use vgreduce first"):
         lvm.remove_pv(str(disk))
-    assert disk.path.read_bytes() == before
+    assert disk.metadata() == before
 
 
 def test_a_pv_of_a_vg_is_told_by_the_other_pvs(tmp_path):
@@ -357,7 +360,7 @@ def test_a_vg_of_that_name_may_be_there_already(tmp_path):
 def test_a_pv_whose_vg_is_not_to_be_seen_is_not_taken(tmp_path):
     (disk,) = make_disks(tmp_path, 1)
     disk.label("x" * 32, mdas=())
-    before = disk.path.read_bytes()
+    before = disk.metadata()
     for refused in (
         lambda: lvm.create_vg("vg", [str(disk)]),
         lambda: lvm.create_pv(str(disk)),
@@ -365,7 +368,7 @@ def test_a_pv_whose_vg_is_not_to_be_seen_is_not_taken(tmp_path):
     ):
         with pytest.raises(lvm.InUse, match="is used by a VG but its metadata is missing"):
             refused()
-    assert disk.path.read_bytes() == before
+    assert disk.metadata() == before
 
 
 def test_a_vg_may_have_extents_of_384_kib(tmp_path):
@@ -587,11 +590,11 @@ def test_a_change_that_failed_to_resume_is_made_all_the_same(tmp_path):
 def test_nothing_is_changed_if_the_block_raises(tmp_path):
     disks = make_disks(tmp_path)
     with make_vg(disks) as vg:
-        before = [disk.path.read_bytes() for disk in disks]
+        before = [disk.metadata() for disk in disks]
         with pytest.raises(ZeroDivisionError), vg.change("nothing") as new:
             new.seqno //= 0
         assert vg.metadata.seqno == 1
-        assert [disk.path.read_bytes() for disk in disks] == before
+        assert [disk.metadata() for disk in disks] == before
 
 
 @pytest.fixture
@@ -1076,12 +1079,12 @@ def test_a_request_is_refused_and_changes_nothing(request_, code, text, tmp_path
     disks = make_disks(tmp_path)
     with make_vg(disks) as vg:
         vg.create_lv("lv", extents=4, stripes=2)
-        before = [disk.path.read_bytes() for disk in disks]
+        before = [disk.metadata() for disk in disks]
         with pytest.raises(lvm.LVMError) as caught:
             request_(vg)
         assert text in caught.value.strerror
         assert caught.value.exit_code == code
-        assert [disk.path.read_bytes() for disk in disks] == before
+        assert [disk.metadata() for disk in disks] == before
         assert vg.metadata.seqno == 2
 
 
@@ -1117,6 +1120,32 @@ def test_what_names_an_lv_in_a_thin_segment_is_renamed_too(tmp_path):
     assert "pool_tdata" not in text.partition("# Generated")[0]
 
 
+def test_hidden_lvs_of_every_kind_follow_their_names():
+    vg = vg_from_text(parse(support.every_kind()))
+    for name in ("pool", "r1", "r0", "mir", "cached", "thin"):
+        rename_lv(vg, name, f"new-{name}")
+    text = metadata_bytes(vg).decode().partition("# Generated")[0]
+    text = re.sub("type = .*", "", text)
+    for name in ("pool", "r1", "r0", "mir", "cached", "thin"):
+        assert not re.search(rf'^{name}(_\w+)? {{|"{name}(_\w+)?"[,\n ]', text, re.MULTILINE), name
+    assert 'create = "new-thin"' in text
+    assert problems(vg) == []
+
+
+def test_a_mirror_goes_with_its_images_and_its_log():
+    vg = vg_from_text(parse(support.every_kind()))
+    with pytest.raises(lvm.InUse, match="w/mir_mlog: it is used by mir"):
+        remove_lv(vg, vg.lv("mir_mlog"))
+    with pytest.raises(lvm.LVMError, match="LVs of type raid1 are not supported"):
+        remove_lv(vg, vg.lv("r1"))
+    free = vg.free_extents
+    remove_lv(vg, vg.lv("mir"))
+    assert not [lv.name for lv in vg.lvs if "mir" in lv.name]
+    assert vg.free_extents == free + 3
+    remove_lv(vg, vg.lv("lin2"))
+    assert vg.lv("a").visible
+
+
 # Nothing that LVM would refuse is written, whoever edits.
 
 WRONG = {
@@ -1148,10 +1177,10 @@ def test_a_wrong_generation_is_not_written(text, tmp_path):
     with make_vg(disks) as vg:
         vg.create_lv("a", extents=3)
         vg.create_lv("b", extents=3)
-        before = [disk.path.read_bytes() for disk in disks]
+        before = [disk.metadata() for disk in disks]
         with pytest.raises(lvm.LVMError, match=re.escape(text)), vg.change("wrong") as new:
             WRONG[text](new)
-        assert [disk.path.read_bytes() for disk in disks] == before
+        assert [disk.metadata() for disk in disks] == before
 
 
 SNAPSHOT_WRONG = {

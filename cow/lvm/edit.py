@@ -13,16 +13,21 @@ from cow.lvm.metadata import (
     LogicalVolume,
     Segment,
     VolumeGroupMetadata,
+    segment_lvs,
 )
 from cow.lvm.names import RESERVED_PARTS, check_lv_name, check_tag, fits, is_name
 from cow.lvm.size import display_size
+from cow.lvm.text import Section
 
 ALIGNMENT_OF_READ_AHEAD = 8
 """Sectors: a page of 4 KiB."""
 
 
 def remove_lv(vg: VolumeGroupMetadata, lv: LogicalVolume) -> None:
-    """Take an LV out of the VG; InUse if another one stands on it or names it."""
+    """Take an LV out of the VG, with the hidden ones that only it stands on.
+
+    InUse if another one stands on it or names it.
+    """
     if lv.is_snapshot_record:
         raise LVMError(f"Can't remove {lv.name}: it is the record of a snapshot.")
     if "LOCKED" in lv.status or "PVMOVE" in lv.status:
@@ -30,10 +35,26 @@ def remove_lv(vg: VolumeGroupMetadata, lv: LogicalVolume) -> None:
     if users := lv.users:
         names = ", ".join(user.name for user in users)
         raise InUse(f"Can't remove logical volume {lv}: it is used by {names}.")
-    if any(not segment.runnable for segment in lv.segments):
-        kind = next(segment.type for segment in lv.segments if not segment.runnable)
-        raise LVMError(f"Can't remove logical volume {lv}: LVs of type {kind} are not supported.")
-    vg.lvs.remove(lv)
+    if not lv.visible:
+        raise LVMError(f"Can't remove internal logical volume {lv}.")
+    below = {lv}
+    while more := {each for part in below for each in _hidden_below(part)} - below:
+        below |= more
+    for each in below:
+        for segment in each.segments:
+            if not segment.runnable:
+                raise LVMError(
+                    f"Can't remove logical volume {lv}: LVs of type {segment.type} are not"
+                    " supported."
+                )
+    for each in below - {lv}:
+        if others := [user.name for user in each.users if user not in below]:
+            raise InUse(f"Can't remove logical volume {each}: it is used by {', '.join(others)}.")
+    vg.lvs = [each for each in vg.lvs if each not in below]
+
+
+def _hidden_below(lv: LogicalVolume) -> list[LogicalVolume]:
+    return [each for segment in lv.segments for each in segment_lvs(segment) if not each.visible]
 
 
 # Names.
@@ -75,16 +96,18 @@ def rename_lv(vg: VolumeGroupMetadata, old_name: str, new_name: str) -> None:
         each.name = names.get(each.name, each.name)
         for segment in each.segments:
             if not segment.runnable:
-                _rename_in(segment, names)
+                _rename_in(segment.extra, names)
 
 
-def _rename_in(segment: Segment, names: dict[str, str]) -> None:
+def _rename_in(section: Section, names: dict[str, str]) -> None:
     """Rename what the keys of a raid, thin or cache segment name."""
-    for key, value in segment.extra.items():
-        if isinstance(value, str) and key not in NOT_LV_KEYS:
-            segment.extra[key] = names.get(value, value)
+    for key, value in section.items():
+        if isinstance(value, Section):
+            _rename_in(value, names)
+        elif isinstance(value, str) and key not in NOT_LV_KEYS:
+            section[key] = names.get(value, value)
         elif isinstance(value, list):
-            segment.extra[key] = [names.get(e, e) if isinstance(e, str) else e for e in value]
+            section[key] = [names.get(e, e) if isinstance(e, str) else e for e in value]
 
 
 # Sizes.

@@ -272,12 +272,18 @@ def _names(user: LogicalVolume, used: LogicalVolume) -> bool:
     if any(lv is used for segment in user.segments for lv in segment_lvs(segment)):
         return True
     return any(
-        used.name in (value if isinstance(value, list) else [value])
-        for segment in user.segments
-        if not segment.runnable
-        for key, value in segment.extra.items()
-        if key not in NOT_LV_KEYS
+        _names_in(segment.extra, used.name) for segment in user.segments if not segment.runnable
     )
+
+
+def _names_in(section: Section, name: str) -> bool:
+    for key, value in section.items():
+        if isinstance(value, Section):
+            if _names_in(value, name):
+                return True
+        elif key not in NOT_LV_KEYS and name in (value if isinstance(value, list) else [value]):
+            return True
+    return False
 
 
 def segment_lvs(segment: Segment) -> Iterator[LogicalVolume]:

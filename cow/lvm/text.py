@@ -253,8 +253,9 @@ def _unescape(text: str) -> str:
 COMMENT_COLUMN = 40
 """Where a comment of the backup form starts, or behind the line with one tab."""
 
-_PAIRS = ("stripes", "mirrors", "raids", "raid0_lvs")
-_AFTER_BLANK = ("type", *_PAIRS)
+_AREA_LISTS = {"stripes": 2, "mirrors": 2, "raids": 2, "raid0_lvs": 1}
+"""Lists of areas, and how many items of them stand on a line."""
+_AFTER_BLANK = ("type", *_AREA_LISTS)
 _SIZES = ("extent_size", "dev_size", "stripe_size")
 _UNITS = ("Kilobytes", "Megabytes", "Gigabytes", "Terabytes", "Petabytes", "Exabytes")
 _HEADER_GROUPS = (("contents", "version"), ("description",))
@@ -375,11 +376,12 @@ class _Writer:
     def _item(self, section: Section, key: str, value: Scalar | list[Scalar], level: int) -> None:
         if key in _AFTER_BLANK or (key == "status" and "device" in section):
             self._lines.append("")
-        if key in _PAIRS and isinstance(value, list):
+        if key in _AREA_LISTS and isinstance(value, list):
+            step = _AREA_LISTS[key]
             self._line(level, f"{key} = [")
-            for at in range(0, len(value), 2):
-                comma = "," if at + 2 < len(value) else ""
-                line = ", ".join(value_text(each) for each in value[at : at + 2])
+            for at in range(0, len(value), step):
+                comma = "," if at + step < len(value) else ""
+                line = ", ".join(value_text(each) for each in value[at : at + step])
                 self._line(level + 1, line + comma)
             self._line(level, "]")
             return
