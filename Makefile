@@ -28,7 +28,7 @@ test: ## Run the tests; ARGS="--seed N" repeats a run, ARGS="-k WORD" picks test
 	@tools/setup test
 	@$(BIN)/pytest $(ARGS)
 
-test-kernel: ## Compare with the real kernel, run as a process (User Mode Linux): three minutes
+test-kernel: ## Compare with the real kernel, run as a process; ARGS="--programs N" for more or less
 	@tools/setup test
 	@$(BIN)/pytest tests/kernel $(ARGS)
 
