@@ -10,6 +10,8 @@ THREADED := $(addprefix tests/test_,$(addsuffix .py,threads vectors lifecycle de
 FUZZ := $(patsubst fuzz/fuzz_%.py,%,$(wildcard fuzz/fuzz_*.py))
 FUZZ_SECONDS ?= 60
 LIVE_SECONDS ?= 300
+# Per cent of the lines, of the core and of all else: less is an error of make coverage.
+COVERAGE ?= 97
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test test-kernel test-live bench bench-peers bench-report lint format sdist debug asan tsan fuzz \
@@ -97,6 +99,14 @@ coverage: ## Report the lines that no test runs, the extension's too (any Python
 		$(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine -q --append
 	@$(BIN)/coverage report
+	@for part in 'cow/*.py' $(patsubst %,'%*',$(filter-out %__pycache__/,$(wildcard cow/*/))); do \
+		printf 'coverage: %-14s %5s %%\n' "$$part" \
+			"$$($(BIN)/coverage report --precision=1 --format=total --include="$$part")"; \
+	done
+	@for rest in --include --omit; do \
+		$(BIN)/coverage report $$rest='cow/core/*' --fail-under=$(COVERAGE) >/dev/null || \
+			{ echo "coverage: below $(COVERAGE) % ($$rest cow/core)"; exit 1; }; \
+	done
 
 clean: ## Remove what was built, .venv too
 	rm -rf .venv build dist *.egg-info cow/_core.c cow/core/_core.c cow/*.so .coverage
