@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -187,6 +188,7 @@ class Device(_core.MappedDevice):
             self._go_live()
         finally:
             self._destroy(old)
+            self.gate.raise_event()
 
     def _go_live(self) -> None:
         assert self.live is not None
@@ -212,6 +214,7 @@ class Device(_core.MappedDevice):
         live, self.live = self.live, None
         self._destroy(live)
         self.clear()
+        self.raise_event()  # who waits for one learns that there will be none
 
     def _destroy(self, table: Table | None) -> None:
         if table is not None:
@@ -294,13 +297,15 @@ def _families_below(table: Table | None) -> tuple[set[_core.Family], bool]:
 def event_counts(
     wait_event: Callable[[int, int], int], event_nr: int, timeout: float | None
 ) -> Iterator[int]:
-    """Yield an event counter when it differs from `event_nr`, and ten times a second until then.
+    """Yield an event counter when it differs from `event_nr`, and now and then until it does.
 
-    Signals are seen in between. Ends when the time is over.
+    In the main thread that is ten times a second: signals are seen in between. Ends when the time
+    is over.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    pause = 0.1 if threading.current_thread() is threading.main_thread() else 60.0
     while True:
-        left = 0.1 if deadline is None else min(0.1, deadline - time.monotonic())
+        left = pause if deadline is None else min(pause, deadline - time.monotonic())
         yield wait_event(event_nr, max(0, int(left * 1000)))
         if left <= 0:
             return

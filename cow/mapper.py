@@ -50,7 +50,7 @@ def _locked(
 
     @functools.wraps(method)
     def verb(self: Mapper, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
+        with self.lock:
             if self._closed:
                 raise DeviceNotFound("the mapper is closed")
             return method(self, *args, **kwargs)
@@ -72,20 +72,26 @@ class Mapper:
         if durability not in ("power", "process"):
             raise InvalidArgument(f"durability {durability!r} is neither 'power' nor 'process'")
         self.durability = durability
-        self._gate = _core.Gate(durability == "power")
-        self._lock = threading.RLock()
+        self.gate = _core.Gate(durability == "power")
+        self.lock = threading.RLock()
         self._closed = False
         self._devices: dict[str, Device] = {}
-        self.images = OpenImages(self._gate)
+        self.images = OpenImages(self.gate)
         self._finalizer = weakref.finalize(self, _shut_down, self._devices, self.images)
 
     # Life and death.
 
     def close(self) -> None:
         """Stop merges, remove every device, close every image. No flush is needed before."""
-        with self._lock:
+        with self.lock:
             self._closed = True
             self._finalizer()
+            self.gate.raise_event()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
 
     def __enter__(self) -> Mapper:
         return self
@@ -120,7 +126,7 @@ class Mapper:
             minor = next(n for n in range(len(taken) + 1) if n not in taken)
         elif minor in taken:
             raise DeviceBusy(f"{name}: minor {minor} is taken")
-        device = Device(self._gate, name, uuid or "", (MAJOR, minor))
+        device = Device(self.gate, name, uuid or "", (MAJOR, minor))
         device.last_close = functools.partial(_remove_weakly, weakref.ref(self))
         self._devices[name] = device
         if table is not None:
@@ -315,23 +321,23 @@ class Mapper:
         """
         device = self.device(name)
         for now in event_counts(device.wait_event, event_nr, timeout):
-            if now != event_nr:
-                return now
             if device.removed:
                 raise DeviceNotFound(f"{name}: the device was removed")
+            if now != event_nr:
+                return now
         raise TimeoutError(f"{name}: no event after {event_nr} in {timeout} s")
 
     @property
     def event_nr(self) -> int:
-        """How many events the devices had, all together."""
-        return self._gate.event_nr
+        """How many events there were: those of devices, tables gone live, merges over."""
+        return self.gate.event_nr
 
     def wait_any(self, event_nr: int, timeout: float | None = None) -> int:
         """Wait until the count of all events differs from `event_nr`; return it.
 
         TimeoutError after `timeout` seconds.
         """
-        for now in event_counts(self._gate.wait_event, event_nr, timeout):
+        for now in event_counts(self.gate.wait_event, event_nr, timeout):
             if now != event_nr:
                 return now
         raise TimeoutError(f"no event after {event_nr} in {timeout} s")
@@ -350,7 +356,7 @@ class Mapper:
         The line tells how it ended: allocated equals metadata when all is merged, "Merge failed",
         or neither when a suspend stopped it. TimeoutError after `timeout` seconds.
         """
-        with self._lock:
+        with self.lock:
             merge = self._target(name, SnapshotMergeTarget)
         if not merge.wait(timeout):
             raise TimeoutError(f"{name}: still merging after {timeout} s: {self.status(name)}")
@@ -359,11 +365,6 @@ class Mapper:
     def devices(self) -> dict[str, Device]:
         """Return the devices by name as they are now, without waiting for a verb under way."""
         return dict(self._devices)
-
-    @property
-    def gate(self) -> _core.Gate:
-        """The lock around everything that can change between two requests."""
-        return self._gate
 
     @_locked
     def device(self, name: str) -> Device:
@@ -544,7 +545,7 @@ def _remove_weakly(mapper: weakref.ref[Mapper], device: Device) -> None:
     """Do a deferred removal, if the mapper is still there."""
     alive = mapper()
     if alive is not None:
-        with alive._lock:
+        with alive.lock:
             if alive._devices.get(device.name) is device:
                 alive._remove(device)
 

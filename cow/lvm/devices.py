@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable
 
 from cow import _core
 from cow.mapper import Mapper
+
+_locks: weakref.WeakKeyDictionary[Mapper, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def lock_of(mapper: Mapper) -> threading.RLock:
+    """Return the lock for changes of the VGs in a mapper, whoever has them open."""
+    with mapper.lock:
+        return _locks.setdefault(mapper, threading.RLock())
 
 
 class Devices:

@@ -35,7 +35,7 @@ def remove_lv(vg: VolumeGroupMetadata, lv: LogicalVolume) -> None:
     if users := lv.users:
         names = ", ".join(user.name for user in users)
         raise InUse(f"Can't remove logical volume {lv}: it is used by {names}.")
-    if not lv.visible:
+    if not lv.visible and not lv.name.endswith("_vorigin"):  # that one goes with its snapshot
         raise LVMError(f"Can't remove internal logical volume {lv}.")
     below = {lv}
     while more := {each for part in below for each in _hidden_below(part)} - below:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from cow.lvm import create, edit
+from cow.lvm.activation import Activation
 from cow.lvm.backups import Backups
 from cow.lvm.check import change_problem, check_change, problems, reading_problems, refuse_change
 from cow.lvm.commit import (
@@ -19,9 +21,10 @@ from cow.lvm.commit import (
     usable_mdas,
     write_generation,
 )
-from cow.lvm.devices import Devices
+from cow.lvm.devices import Devices, lock_of
 from cow.lvm.errors import (
     AlreadyExists,
+    InUse,
     LVMError,
     MetadataError,
     RequestError,
@@ -32,9 +35,10 @@ from cow.lvm.label_scan import Findings, FoundVG, PVDevice, scan_devices
 from cow.lvm.mda import REPAIRABLE, MetadataArea
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.metadata_text import vg_from_text
+from cow.lvm.monitor import Opener
 from cow.lvm.names import check_vg_name
 from cow.lvm.pv import PVOptions, connect_pvs, device_hint, make_pvs, new_pv, set_used
-from cow.lvm.size import display_size
+from cow.lvm.snapshots import SnapshottingVolumeGroup
 from cow.lvm.text import parse
 from cow.mapper import Mapper
 
@@ -82,6 +86,16 @@ def scan(paths: Iterable[str], *, mapper: Mapper | None = None, readonly: bool =
         raise
 
 
+def _open_again(paths: list[str], vg_id: str, mapper: Mapper) -> VolumeGroup:
+    return VolumeGroup.open(paths, vg_id, mapper=mapper)
+
+
+_open_groups: weakref.WeakKeyDictionary[Mapper, weakref.WeakSet[VolumeGroup]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Who has VGs of a mapper open: what one commits, the others read again."""
+
+
 def _pick(vgs: list[VolumeGroup], unreadable: list[FoundVG], name: str | None) -> VolumeGroup:
     if name is None:
         if len(vgs) + len(unreadable) > 1:
@@ -105,35 +119,43 @@ def _pick(vgs: list[VolumeGroup], unreadable: list[FoundVG], name: str | None) -
     raise VGNotFound(f'Volume group "{name}" not found' if name else "No volume group found")
 
 
-class VolumeGroup:
+class VolumeGroup(SnapshottingVolumeGroup):
     """One VG on devices that stay open until close().
 
     `metadata` is the committed generation; to change it, edit what change() gives. `report` gets
-    what LVM's commands print, `confirm` is asked where they ask. `work` does what active devices
-    need during a change.
+    what LVM's commands print, `confirm` is asked where they ask. `activation` knows which LVs have
+    devices; `work` keeps those right during a change.
     """
 
     def __init__(self, vg: FoundVG, findings: Findings, devices: Devices) -> None:
-        self._devices = devices
         self._owns_devices = False
-        self.mapper = devices.mapper
-        self.lock = threading.RLock()
         self.report: Callable[[str], None] = log.info
         self.confirm: Callable[[str], bool] = lambda question: True
-        self.work: ActiveWork | None = None
         self.backups: Backups | None = None
         """Where the metadata before and after each command is kept."""
+        self._use(devices)
         self.partial = False
         """Whether LVs that miss a PV may be activated."""
         self._command = ""
         self._writes = 0
         self._take(vg, findings)
 
+    def _use(self, devices: Devices) -> None:
+        self._devices = devices
+        self.mapper = devices.mapper
+        self.lock = lock_of(devices.mapper)
+        self.activation = Activation(
+            devices.mapper, readonly=devices.readonly, report=lambda text: self.report(text)
+        )
+        self.work: ActiveWork = self.activation
+        _open_groups.setdefault(devices.mapper, weakref.WeakSet()).add(self)
+
     def _take(self, vg: FoundVG, findings: Findings) -> None:
         assert vg.metadata is not None
         self._found = vg
         self._findings = findings
-        self.metadata = vg.metadata
+        self._metadata = vg.metadata
+        self._outdated = False
         self.warnings = vg.warnings
 
     @classmethod
@@ -174,6 +196,7 @@ class VolumeGroup:
         """Give the devices back; with them go the LVs that are active in a mapper of its own."""
         if self._owns_devices:
             self._owns_devices = False
+            _open_groups.get(self.mapper, set()).discard(self)
             self._devices.close()
 
     def __enter__(self) -> VolumeGroup:
@@ -204,6 +227,13 @@ class VolumeGroup:
     def name(self) -> str:
         """The name of the VG."""
         return self.metadata.name
+
+    @property
+    def metadata(self) -> VolumeGroupMetadata:
+        """The committed generation, also if it was committed through another VolumeGroup."""
+        if self._outdated:
+            self.refresh()
+        return self._metadata
 
     @property
     def id(self) -> str:
@@ -238,7 +268,7 @@ class VolumeGroup:
         """Read the metadata from the devices again."""
         with self.lock:
             findings = scan_devices(self._devices.items())
-            found = next((vg for vg in findings.vgs if vg.id == self.id), None)
+            found = next((vg for vg in findings.vgs if vg.id == self._metadata.id), None)
             if found is None or found.metadata is None:
                 raise VGNotFound(f'Volume group "{self.name}" not found')
             self._take(found, findings)
@@ -301,7 +331,10 @@ class VolumeGroup:
                 )
 
         def committed() -> None:
-            self.metadata = self._found.metadata = new
+            self._metadata = self._found.metadata = new
+            for other in _open_groups.get(self.mapper, ()):
+                if other is not self and other._metadata.id == new.id:
+                    other._outdated = True
             self.warnings = self._found.warnings = []
             self._writes += 1
 
@@ -325,6 +358,26 @@ class VolumeGroup:
             self.refresh()
         except OSError as error:
             log.warning("%s: cannot be read again: %s", self, error)
+
+    def _move_to(self, mapper: Mapper) -> None:
+        """Open the devices in another mapper, and give them back in the one of before."""
+        if not self._owns_devices or self._devices.mapper.names():
+            raise InUse(f"The devices of volume group {self.name} are in use in their mapper.")
+        paths = [path for path, _ in self._devices.items()]
+        readonly = self._devices.readonly
+        self._devices.close()
+        devices = Devices(mapper, readonly=readonly)
+        try:
+            devices.open_all(paths)
+        except BaseException:
+            devices.close()
+            raise
+        self._use(devices)
+        self.refresh()
+
+    def _opener(self) -> Opener:
+        paths = [path for path, _ in self._devices.items()]
+        return partial(_open_again, paths, self.id)
 
     def _description(self, command: str) -> str:
         number = f"[{self._writes + 1}]" if self._writes and self._command else ""
@@ -497,62 +550,14 @@ class VolumeGroup:
         self.report(f'Logical volume "{lv.name}" created.')
         return lv
 
-    def remove_lv(self, name: str) -> None:
-        """Remove a plain LV."""
-        with self.change(f"lvremove {self.name}/{name}") as new:
-            edit.remove_lv(new, new.lv(name))
-        self.report(f'Logical volume "{name}" successfully removed.')
-
     def rename_lv(self, name: str, new_name: str) -> None:
         """Rename an LV."""
         with self.change(f"lvrename {self.name} {name} {new_name}") as new:
             edit.rename_lv(new, name, new_name)
         self.report(f'Renamed "{name}" to "{new_name}" in volume group "{self.name}"')
 
-    def extend_lv(
-        self,
-        name: str,
-        *,
-        extents: int | None = None,
-        size: int | None = None,
-        **options: Any,  # noqa: ANN401
-    ) -> None:
-        """Make a plain LV as large as `extents` or `size` bytes say, which is more than it is."""
-        with self.change(f"lvextend {self.name}/{name}") as new:
-            lv = new.lv(name)
-            count = self._extents(new, extents, size)
-            edit.extend_lv(lv, count, report=self.report, **options)
-            self._report_size(lv)
-        self._report_resize(name)
-
-    def reduce_lv(self, name: str, *, extents: int | None = None, size: int | None = None) -> None:
-        """Make a plain LV as small as `extents` or `size` bytes say; what is behind is lost."""
-        with self.change(f"lvreduce {self.name}/{name}") as new:
-            lv = new.lv(name)
-            edit.reduce_lv(lv, self._extents(new, extents, size), self.report)
-            self._report_size(lv)
-        self._report_resize(name)
-
-    def _report_size(self, lv: LogicalVolume) -> None:
-        sizes = [
-            f"{display_size(count * lv.vg.extent_size)} ({count} extents)"
-            for count in (self.metadata.lv(lv.name).extent_count, lv.extent_count)
-        ]
-        self.report(f"Size of logical volume {lv} changed from {sizes[0]} to {sizes[1]}.")
-
-    def _report_resize(self, name: str) -> None:
-        self.report(f"Logical volume {self.name}/{name} successfully resized.")
-
     def change_lv(self, name: str, **options: Any) -> None:  # noqa: ANN401
         """Change permission, tags, policy, read ahead or flags of an LV, see edit.change_lv."""
         with self.change(f"lvchange {self.name}/{name}") as new:
             edit.change_lv(new.lv(name), report=self.report, **options)
         self.report(f"Logical volume {self.name}/{name} changed.")
-
-    def _extents(self, vg: VolumeGroupMetadata, extents: int | None, size: int | None) -> int:
-        if (extents is None) is (size is None):
-            raise RequestError("Please specify either size or extents (not both).")
-        if extents is not None:
-            return extents
-        assert size is not None
-        return edit.extents_of(vg, size, self.report)

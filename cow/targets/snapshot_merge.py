@@ -16,7 +16,8 @@ class SnapshotMergeTarget(SnapshotTarget):
     """Merges by itself from resume on, until all is merged or a step fails.
 
     With a read-only table it merges nothing, and shows what merging will give.
-    There is no event at the end, as in the kernel: allocated equals metadata then.
+    The device has no event at the end, as in the kernel: allocated equals metadata then. Who waits
+    for any event of the mapper wakes up.
     """
 
     name = "snapshot-merge"
@@ -27,7 +28,7 @@ class SnapshotMergeTarget(SnapshotTarget):
     def resume(self) -> None:
         super().resume()
         if not self.device.readonly:
-            self._worker = _Worker(self.map)
+            self._worker = _Worker(self.map, self.device.gate)
             self._worker.start()
 
     def presuspend(self) -> None:
@@ -51,8 +52,9 @@ class SnapshotMergeTarget(SnapshotTarget):
 class _Worker:
     """The thread that takes the steps."""
 
-    def __init__(self, snapshot: _core.Snapshot) -> None:
+    def __init__(self, snapshot: _core.Snapshot, gate: _core.Gate) -> None:
         self._snapshot = snapshot
+        self._gate = gate
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cow-merge", daemon=True)
 
@@ -81,3 +83,4 @@ class _Worker:
                 pass
         except CowOSError as error:
             log.error("%s: shutting down merge", error.strerror)  # noqa: TRY400
+        self._gate.raise_event()
