@@ -260,9 +260,8 @@ class ActiveVolumeGroup(ABC):
         if record is None:
             return count
         segment = record.segments[0]
-        return cap_extended(
-            count, segment.extent_count, segment.chunk_size, lv.vg.extent_size, self.report
-        )
+        size = segment.origin.extent_count if segment.origin is not None else segment.extent_count
+        return cap_extended(count, size, segment.chunk_size, lv.vg.extent_size, self.report)
 
     def reduce_lv(self, name: str, *, extents: int | None = None, size: int | None = None) -> None:
         """Make an LV as small as `extents` or `size` bytes say; what is behind is lost.

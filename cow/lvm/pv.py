@@ -298,7 +298,8 @@ def make_pvs(
         if there is not None and there.vg_name:
             raise InUse(
                 f"Physical volume '{path}' is already in volume group '{there.vg_name}'\n"
-                f"Unable to add physical volume '{path}' to volume group '{there.vg_name}'"
+                f"Unable to add physical volume '{path}' to volume group '{there.vg_name}'\n"
+                f"{path}: physical volume not initialized."
             )
         if there is not None and there.claimed:
             raise InUse(

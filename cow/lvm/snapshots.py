@@ -125,8 +125,7 @@ class SnapshottingVolumeGroup(ActiveVolumeGroup):
                 snapshot_record.find_origin(self.metadata, origin), cow, chunk_size
             )
             self.report(f"WARNING: Converting logical volume {cow} to snapshot exception store.")
-            if zero:
-                self.report("THIS WILL DESTROY CONTENT OF LOGICAL VOLUME (filesystem etc.)")
+            self.report("THIS WILL DESTROY CONTENT OF LOGICAL VOLUME (filesystem etc.)")
             if not self.confirm(f"Do you really want to convert {cow}? [y/n]: "):
                 raise LVMError("Conversion aborted.")
             self.activation.deactivate(cow)
@@ -140,7 +139,7 @@ class SnapshottingVolumeGroup(ActiveVolumeGroup):
                 held = snapshot_record.find_origin(new, origin)
                 snapshot_record.check_attach(held, found, chunk_size)
                 snapshot_record.attach(held, found, chunk_size)
-        self.report(f"Logical volume {cow} converted to snapshot_record.")
+        self.report(f"Logical volume {cow} converted to snapshot.")
 
     # Merging.
 
