@@ -1,9 +1,9 @@
 """Run tests/data/lvm_sessions.txt with the real lvm2 on the real kernel, and keep what it prints.
 
-    python tests/kernel/record_lvm.py [SESSION …]      writes tests/data/lvm.jsonl anew
+    python tests/kernel/record_lvm.py [SESSION …]
 
-With names, only these sessions are run and nothing is written: their records go to stdout.
-support/lvm_session.py tells what stands in both files.
+Writes tests/data/lvm.jsonl anew, or in it the sessions that are named. support/lvm_session.py tells
+what stands in both files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.lvm_session import RECORDS, Normal, Session, read_sessions  # noqa: E402
+
 from tests.kernel.uml import Kernel, missing, scratch  # noqa: E402
 
 HOST = "host.test"
@@ -44,6 +45,11 @@ SETTINGS = {
     "TZ": "UTC",
     "LC_ALL": "C",
 }
+START = f"""
+    hostname {HOST}
+    rm -rf /run/files /run/lvm /dev/vg* /dev/my-vg /dev/mapper/*-*
+    mkdir -p /run/files /run/lock /run/lvm
+"""
 OPEN = "sleep 10000 </dev/mapper/{0} >/dev/null 2>&1 & echo $! >/run/open-{0}"
 CLOSE = "p=$(cat /run/open-{0}); kill $p; while [ -e /proc/$p/fd/0 ]; do :; done"
 
@@ -82,9 +88,7 @@ def record(kernel: Kernel, folder: Path, session: Session) -> Iterator[dict[str,
         with open(folder / name, "wb") as file:
             file.truncate(size << 20)
     disks = {name: f"/dev/ubd{chr(ord('b') + slot)}" for slot, name in enumerate(session.disks)}
-    gone = "/run/files /run/lvm /dev/vg* /dev/my-vg /dev/mapper/*-*"
-    start = f"hostname {HOST}; rm -rf {gone}; mkdir -p /run/files /run/lock /run/lvm"
-    kernel.run(images, [shell(start)], clean=False)
+    kernel.run(images, [shell(START)], clean=False)
     yield {"session": session.name, "disks": session.disks}
     normal = Normal({path: name for name, path in disks.items()})
     for step in session.steps:
@@ -106,32 +110,34 @@ def record(kernel: Kernel, folder: Path, session: Session) -> Iterator[dict[str,
     kernel.run(None, [shell("dmsetup remove_all -f; true")], clean=True)
 
 
+def recorded() -> dict[str, list[dict[str, Any]]]:
+    """Return the lines that are there, by session."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in RECORDS.read_text().splitlines() if RECORDS.exists() else []:
+        entry = json.loads(line)
+        if "session" in entry:
+            lines = found.setdefault(entry["session"], [])
+        lines.append(entry)
+    return found
+
+
 def main(names: list[str]) -> None:
-    """Run sessions and write them, or print the named ones."""
+    """Record the named sessions, or all of them."""
     if reason := missing():
         raise SystemExit(f"no kernel to ask: {reason}")
-    records: list[dict[str, Any]] = []
+    records = recorded()
+    sessions = list(read_sessions())
     with scratch() as folder:
         (folder / "lvm.conf").write_text(CONFIG)
         with Kernel(folder) as kernel:
-            for session in read_sessions():
+            for session in sessions:
                 if not names or session.name in names:
-                    for line in record(kernel, folder, session):
-                        records.append(line)
-                        if names:
-                            show(line)
+                    records[session.name] = list(record(kernel, folder, session))
                     print(f"{session.name}: {len(session.steps)} steps", file=sys.stderr)
-    if not names:
-        RECORDS.write_text("".join(json.dumps(each) + "\n" for each in records))
-
-
-def show(line: dict[str, Any]) -> None:
-    if "args" in line:
-        print("$", shlex.join(line["args"]), f"  -> {line['status']}")
-        print(line["stdout"], end="")
-        print("".join(f"! {text}\n" for text in line["stderr"].splitlines()), end="", flush=True)
-    else:
-        print("#", json.dumps(line), flush=True)
+    with open(RECORDS, "w") as file:
+        for session in sessions:
+            for entry in records.get(session.name, []):
+                file.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

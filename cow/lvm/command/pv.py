@@ -1,0 +1,149 @@
+"""pvcreate, pvremove, pvck."""
+
+from __future__ import annotations
+
+import os
+
+from cow import _core
+from cow.errors import CowOSError
+from cow.lvm import manage
+from cow.lvm.command import dump
+from cow.lvm.command.command import Command
+from cow.lvm.errors import LVMError, RequestError
+from cow.lvm.pv import PVOptions
+from cow.units import bytes_of
+
+PV_OPTIONS = (
+    "bootloaderareasize=size dataalignment=kibibytes dataalignmentoffset=kibibytes"
+    " labelsector=number M|metadatatype=text metadatacopies=number pvmetadatacopies=number"
+    " metadataignore=yn metadatasize=size Z|zero=yn"
+)
+
+
+def pv_options(command: Command) -> dict[str, object]:
+    """Return what the options say about the layout of new PVs, as PVOptions has it."""
+    options = command.options
+    found: dict[str, object] = {}
+    for name, field in (
+        ("bootloaderareasize", "bootloader_area_size"),
+        ("dataalignment", "data_alignment"),
+        ("dataalignmentoffset", "data_alignment_offset"),
+        ("metadatasize", "metadata_size"),
+    ):
+        if options.has(name):
+            found[field] = bytes_of(options[name])
+    for name in ("pvmetadatacopies", "metadatacopies"):
+        if options.has(name):
+            found["metadata_copies"] = options[name]
+    if options.has("metadataignore"):
+        found["metadata_ignore"] = options["metadataignore"]
+    if options.has("labelsector"):
+        found["label_sector"] = options["labelsector"]
+        if options["labelsector"] > 3:
+            raise RequestError("labelsector must be less than 4.")
+    return found
+
+
+def pvcreate(command: Command) -> None:
+    """Make PVs."""
+    options = command.options
+    settings = pv_options(command)
+    restore = None
+    if options.has("uuid"):
+        if not options.has("restorefile", "norestorefile"):
+            raise RequestError("--restorefile is required with --uuid")
+        if len(command.args) != 1:
+            raise RequestError("Can only set uuid on one volume at once")
+        settings["uuid"] = options["uuid"]
+    if options.has("restorefile"):
+        restore = read_text(command, options["restorefile"])
+    if options.has("setphysicalvolumesize"):
+        settings["size"] = bytes_of(options["setphysicalvolumesize"])
+    PVOptions(**settings)  # type: ignore[arg-type]
+    for name in command.args:
+        try:
+            manage.create_pv(
+                command.image(name),
+                mapper=command.mapper,
+                others=command.other_devices(command.args),
+                restore=restore,
+                report=command.report,
+                confirm=command.confirm,
+                **settings,
+            )
+        except LVMError as error:
+            command.fail_with(error)
+
+
+def pvremove(command: Command) -> None:
+    """Take the labels off PVs."""
+    for name in command.args:
+        try:
+            manage.remove_pv(
+                command.image(name),
+                mapper=command.mapper,
+                others=command.other_devices(command.args),
+                report=command.report,
+            )
+        except LVMError as error:
+            command.fail_with(error)
+
+
+def read_text(command: Command, name: str) -> str:
+    """Read a backup of metadata."""
+    path = command.shell.path(name)
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError as error:
+        raise LVMError(
+            f"{name}: stat failed: {error.strerror}"
+            if not os.path.exists(path)
+            else f"{name}: {error.strerror}",
+            error.errno,
+        ) from error
+
+
+def pvck(command: Command) -> None:
+    """Look at the label and the metadata areas of a device, or print them field by field."""
+    for name in command.args:
+        path = command.shell.path(name)
+        if not os.path.exists(path) and not command.shell.is_device(path):
+            command.fail(f"Cannot access {name}.")
+            continue
+        try:
+            with dump.open_device(command.shell.mapper, path) as device:
+                _pvck(command, device, name)
+        except CowOSError as error:
+            command.fail_with(error)
+
+
+def _pvck(command: Command, device: _core.BlockDevice, name: str) -> None:
+    what = command.options.get("dump")
+    if what is None:
+        lines = dump.check_lines(device, name)
+    elif what == "headers":
+        lines = dump.headers(device, command.options.get("labelsector")).lines
+    elif what in ("metadata_all", "metadata_search"):
+        lines = dump.copies(device, search=what == "metadata_search")
+    elif what == "metadata":
+        lines, text = dump.metadata(device)
+        if not command.options.has("file"):
+            command.print("\n".join([*lines, "---"]))
+            command.shell.out(text.decode("utf-8", "surrogateescape") + "\n")
+            command.print("---")
+            return
+        _write_file(command, text)
+    else:
+        raise RequestError(f"--dump {what} is not supported.")
+    for line in lines:
+        command.print(line)
+
+
+def _write_file(command: Command, text: bytes) -> None:
+    name = command.options["file"]
+    try:
+        with open(command.shell.path(name), "wb") as file:
+            file.write(text)
+    except OSError as error:
+        raise LVMError(f"{name}: {error.strerror}", error.errno) from error

@@ -1,0 +1,306 @@
+"""lvs, vgs and pvs: which rows there are, and how the options make a report of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cow.lvm.command.command import FAILED, Command
+from cow.lvm.errors import LVMError
+from cow.lvm.group import VolumeGroup
+from cow.lvm.label_scan import PVDevice
+from cow.lvm.metadata import LogicalVolume
+from cow.lvm.report.fields import (
+    GROUPS,
+    SELECTED,
+    Field,
+    FieldError,
+    Style,
+    find_fields,
+    list_fields,
+)
+from cow.lvm.report.rows import Row, lv_rows, pv_rows
+from cow.lvm.report.selection import Selection
+from cow.lvm.report.table import Format, Report
+
+REPORT_OPTIONS: Final = (
+    "aligned a|all binary configreport=configreport foreign ignorelockingfailure logonly"
+    " nameprefixes noheadings nosuffix o|options=text+ readonly reportformat=reportformat rows"
+    " S|select=text separator=text shared O|sort=text unbuffered units=text unquoted"
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of report: its name in JSON and in errors, its settings, the prefix of its fields."""
+
+    key: str
+    settings: str
+    prefix: str
+    everything: tuple[str, ...]
+    """The groups of fields that `-o all` means."""
+
+
+LVS = Kind("lv", "lvs", "lv_", ("lv", "vg"))
+SEGMENTS = Kind("seg", "segs", "lv_", ("lv", "vg", "seg"))
+VGS = Kind("vg", "vgs", "vg_", ("vg",))
+PVS = Kind("pv", "pvs", "pv_", ("pv",))
+PIECES = Kind("pvseg", "pvsegs", "pv_", ("pv", "pvseg"))
+
+
+def lvs(command: Command) -> None:
+    """Report on LVs, or on their segments."""
+    kind = SEGMENTS if command.options.has("segments") else LVS
+    _Reporter(command, kind).run()
+
+
+def vgs(command: Command) -> None:
+    """Report on VGs."""
+    _Reporter(command, VGS).run()
+
+
+def pvs(command: Command) -> None:
+    """Report on PVs, or on the pieces of them that are used or free."""
+    _Reporter(command, PIECES if command.options.has("segments") else PVS).run()
+
+
+class _Reporter:
+    """Makes one report."""
+
+    def __init__(self, command: Command, kind: Kind) -> None:
+        self._command = command
+        self._kind = kind
+        self._options = command.options
+        self._settings = command.settings
+        self._groups = tuple(GROUPS) if kind in (VGS, PVS, PIECES) else ("lv", "vg", "seg")
+        self._mark_hidden = self._settings.flag("report/mark_hidden_devices")
+
+    def run(self) -> None:
+        command = self._command
+        if command.options.has("readonly"):
+            command.options["driverloaded"] = False
+        compact: set[str] = set()
+        try:
+            fields = self._fields(compact)
+            if fields is None:
+                command.warn("\n".join(list_fields(self._groups)))
+                return
+            sort = self._sort()
+            selection = self._selection()
+        except FieldError as error:
+            command.fail("\n".join([*error.fields, error.strerror or ""]))
+            return
+        looked_at = [*fields, *(each for each, _ in sort), *(selection.fields if selection else ())]
+        groups = {each.group for each in looked_at}
+        self._check(groups)
+        form = self._format(compact)
+        report = Report(fields, sort, form, selection.matches if selection else None)
+        for rows in self._rows(groups):
+            report.add(rows)
+        for line in report.lines():
+            command.print(line)
+
+    # What the options say.
+
+    def _fields(self, compact: set[str]) -> list[Field] | None:
+        """Return the fields of -o; None for its help. `compact` gets those of -o#."""
+        verbose = "_verbose" if self._options.get("verbose") else ""
+        default = self._settings.text(f"report/{self._kind.settings}_cols{verbose}")
+        found = self._find_all(default)
+        for text in self._options.get("options", []):
+            if not text or text in ("+", "-"):
+                raise LVMError(f"Invalid options string: {text}")
+            sign = text[0] if text[0] in "+-#" else ""
+            names = text[len(sign) :]
+            if names in ("help", "?"):
+                return None
+            wanted = self._find_all(names)
+            if sign == "+":
+                found += wanted
+            elif sign == "-":
+                found = [each for each in found if each not in wanted]
+            elif sign == "#":
+                compact |= {each.name for each in wanted}
+            else:
+                found = wanted
+        return found
+
+    def _find_all(self, names: str) -> list[Field]:
+        return [each for name in names.split(",") if name for each in self._find(name)]
+
+    def _find(self, name: str) -> list[Field]:
+        if name == SELECTED.name:
+            return [SELECTED]
+        groups = self._kind.everything if name.lower() == "all" else self._groups
+        found = find_fields(name, groups, self._kind.prefix)
+        if not found:
+            raise FieldError(f"Unrecognised field: {name}", list_fields(self._groups))
+        return found
+
+    def _sort(self) -> list[tuple[Field, bool]]:
+        text = self._options.get("sort")
+        if text is None:
+            text = self._settings.text(f"report/{self._kind.settings}_sort")
+        found = []
+        for name in text.split(","):
+            if not name:
+                continue
+            try:
+                (each,) = self._find(name.lstrip("+-"))
+            except FieldError as error:
+                raise FieldError(f"dm_report: {error.strerror}", error.fields) from error
+            found.append((each, name.startswith("-")))
+        return found
+
+    def _selection(self) -> Selection | None:
+        text = self._options.get("select")
+        if text is None:
+            return None
+        groups = self._groups
+        return Selection(
+            text,
+            lambda name: find_fields(name, groups, self._kind.prefix),
+            lambda: list_fields(groups),
+        )
+
+    def _check(self, groups: set[str]) -> None:
+        """Refuse fields of LVs and PVs side by side, but where the rows are pieces of PVs."""
+        lv, pv = groups & {"lv", "seg"}, groups & {"pv", "pvseg"}
+        if lv and pv and self._kind not in (PVS, PIECES):
+            raise LVMError(
+                "Can't report LV and PV fields at the same time in report type"
+                f' "{self._kind.key}".'
+            )
+
+    def _format(self, compact: set[str]) -> Format:
+        options, settings = self._options, self._settings
+        separator = options.get("separator")
+        aligned = settings.flag("report/aligned") and separator is None
+        form = options.get("reportformat", settings.text("report/output_format"))
+        blank = self._find_all(settings.text("report/compact_output_cols"))
+        return Format(
+            style=Style(
+                self._command.units,
+                options.has("binary") or settings.flag("report/binary_values_as_numeric"),
+                settings.text("report/list_item_separator"),
+                settings.text("report/time_format"),
+            ),
+            headings=settings.flag("report/headings") and not options.has("noheadings"),
+            aligned=aligned or options.has("aligned"),
+            buffered=settings.flag("report/buffered") and not options.has("unbuffered"),
+            separator=settings.text("report/separator") if separator is None else separator,
+            prefixes=options.has("nameprefixes") or settings.flag("report/prefixes"),
+            quoted=settings.flag("report/quoted") and not options.has("unquoted"),
+            as_rows=options.has("rows") or settings.flag("report/columns_as_rows"),
+            json=self._kind.key if form == "json" else "",
+            compact=settings.flag("report/compact_output"),
+            compact_fields=frozenset(compact.union(each.name for each in blank)),
+        )
+
+    # Rows.
+
+    def _rows(self, groups: set[str]) -> Iterator[Iterator[Row]]:
+        if self._kind in (LVS, SEGMENTS):
+            yield from self._lv_rows(groups)
+        elif self._kind is VGS:
+            yield from self._vg_rows(groups)
+        else:
+            pieces = self._kind is PIECES or bool(groups & {"lv", "seg", "pvseg"})
+            for row in pv_list(self._command, self._base()):
+                yield pv_rows(row, pieces=pieces)
+
+    def _base(self) -> Row:
+        return Row(self._command.live, show_hidden=self._mark_hidden)
+
+    def _lv_rows(self, groups: set[str]) -> Iterator[Iterator[Row]]:
+        segments = self._kind is SEGMENTS or "seg" in groups
+        hidden = self._options.has("all")
+        for _, found in _each_lv(self._command, hidden):
+            yield lv_rows(self._base(), found, segments=segments)
+
+    def _vg_rows(self, groups: set[str]) -> Iterator[Iterator[Row]]:
+        for vg in _each_vg(self._command):
+            base = Row(self._command.live, vg=vg.metadata, show_hidden=self._mark_hidden)
+            if groups & {"pv", "pvseg"}:
+                for row in vg_pvs(self._command, base, vg):
+                    yield pv_rows(row, pieces="pvseg" in groups)
+            elif groups & {"lv", "seg"}:
+                found = [lv for lv in vg.metadata.lvs if lv.visible]
+                yield lv_rows(base, found, segments="seg" in groups)
+            else:
+                yield iter([base])
+
+
+def _each_lv(command: Command, hidden: bool) -> Iterator[tuple[VolumeGroup, list[LogicalVolume]]]:
+    """As each_lv, without -S: the report looks at its rows itself."""
+    select = command.options.pop("select", None)
+    try:
+        yield from command.each_lv(command.args, hidden=hidden)
+    finally:
+        if select is not None:
+            command.options["select"] = select
+
+
+def _each_vg(command: Command) -> Iterator[VolumeGroup]:
+    select = command.options.pop("select", None)
+    try:
+        yield from command.each_vg(command.args)
+    finally:
+        if select is not None:
+            command.options["select"] = select
+
+
+# ---- PVs, for pvdisplay and pvscan too
+
+
+def pv_list(command: Command, base: Row) -> Iterator[Row]:
+    """Yield a row for each PV that the arguments name (paths, @tags), or for all of them."""
+    names = command.existing(command.args)
+    if command.args and not names:
+        return
+    scan = command.scan(paths=[name for name in names if not name.startswith("@")])
+    everything = list(all_pvs(command, base))
+    if not command.args:
+        yield from everything
+        if command.options.has("all"):
+            yield from (Row(base.live, path=path) for path in scan.without_label)
+        return
+    found: list[Row] = []
+    for name in names:
+        if name.startswith("@"):
+            found += [row for row in everything if row.pv and name[1:] in row.pv.tags]
+            continue
+        device = command.pv(name)
+        if device is None:
+            command.fail(f'Failed to find physical volume "{name}".', FAILED)
+            continue
+        found += [row for row in everything if row.device is device]
+    yield from dict.fromkeys(found)
+
+
+def all_pvs(command: Command, base: Row) -> Iterator[Row]:
+    """Yield a row for each PV: those of VGs, missing ones too, orphans, unchosen duplicates."""
+    scan = command.scan()
+    seen: set[PVDevice] = set()
+    for each in scan.pvs:
+        for vg in scan.vgs:
+            pv = vg.metadata.pv_with_id(each.label.pv_id)
+            if pv is not None and pv.device is each.device:
+                seen.add(each)
+                yield Row(base.live, vg.metadata, pv=pv, device=each, show_hidden=base.show_hidden)
+                break
+        else:
+            yield Row(base.live, device=each, show_hidden=base.show_hidden)
+    for vg in scan.vgs:
+        for pv in vg.metadata.pvs:
+            if pv.device is None:
+                yield Row(base.live, vg.metadata, pv=pv, show_hidden=base.show_hidden)
+
+
+def vg_pvs(command: Command, base: Row, vg: VolumeGroup) -> Iterator[Row]:
+    """Yield a row for each PV of a VG, in the order of its metadata."""
+    devices = {each.label.pv_id: each for each in command.scan().pvs}
+    for pv in vg.metadata.pvs:
+        device = devices.get(pv.id) if pv.device is not None else None
+        yield Row(base.live, vg.metadata, pv=pv, device=device, show_hidden=base.show_hidden)

@@ -1,0 +1,48 @@
+"""Sessions with the real lvm2, replayed command line by command line.
+
+data/lvm.jsonl holds what LVM 2.03.16 printed on the real kernel (kernel/record_lvm.py); here the
+same command lines are run on image files and a mapper in this process. stdout, stderr and exit code
+have to be the same, byte for byte; uuids and times excepted.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from support.lvm_replay import Replay, names, records
+
+DIFFERENT = {
+    "lvs --config 'bad {'": "the parser has its own words for what it expected",
+    "lvs --config report/compact_output=1": "LVM prints one more blank behind the headings",
+    "pvremove disk1.img": "there is no --force to advise: a PV of a VG stays one",
+    "nosuchverb": "our help is another command",
+    "lvcreate -L 4m -n j --type thin vg0": "there are no thin LVs; what is wrong is the type",
+    "lvconvert --merge vg0/other": "LVM names the snapshot that was asked for as the merging one",
+    "lvconvert --merge vg0/t vg0/u": "as above",
+}
+"""Command lines that are answered in other words on purpose; the exit code is the same."""
+
+
+@pytest.fixture(autouse=True)
+def _utc(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_session_with_lvm_prints_what_the_real_one_printed(name, tmp_path):
+    disks, lines = records(name)
+    replay = Replay(tmp_path, disks)
+    wrong = []
+    try:
+        for line, answer in replay.differences(lines):
+            command = shlex.join(line["args"])
+            if command in DIFFERENT and answer[2] == line["status"]:
+                continue
+            wrong.append(
+                f"$ {command}\n-- LVM: {line['status']}\n{line['stdout']}{line['stderr']}"
+                f"-- here: {answer[2]}\n{answer[0]}{answer[1]}"
+            )
+    finally:
+        replay.close()
+    assert not wrong, f"{len(wrong)} of {len(lines)} lines differ:\n" + "\n".join(wrong[:5])
