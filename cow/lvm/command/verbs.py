@@ -52,6 +52,15 @@ class Verb(NamedTuple):
 
 VERBS: Final = (
     Verb(
+        "explain",
+        "tell which LVs, devices and tables make up an LV and its snapshots",
+        ("VG/LV ...",),
+        "",
+        "explain.explain",
+        least=1,
+        note="This verb is cow's own. It shows the record snapshot0 too, which lvs never does.",
+    ),
+    Verb(
         "lvchange",
         "change the attributes of logical volumes, or activate them",
         (
