@@ -18,7 +18,7 @@ from cow import __version__
 from cow.cli import FAILED, OK, Parser, Verb, add_verbs, report_error
 from cow.errors import CowError
 
-MODULES = ("dm", "serve", "store")
+MODULES = ("dm", "lvm", "serve", "store")
 """The modules of this package that hold a verb each."""
 
 DESCRIPTION = "Device-mapper snapshots over image files, without root and without a kernel module."
@@ -67,6 +67,10 @@ def _run(argv: Sequence[str] | None) -> int:
         from cow.cli import dm
 
         return dm.run(args[1:])
+    if args[:1] == ["lvm"]:  # has LVM's options and exit codes
+        from cow.cli import lvm
+
+        return lvm.run(args[1:])
     try:
         options = make_parser().parse_args(args)
     except SystemExit as end:  # after --help, --version, or the line about a wrong usage

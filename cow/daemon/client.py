@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -65,6 +65,46 @@ class Client:
             self.described = answer["error"]
             raise protocol.make_error(self.described)
         return answer.get("result")
+
+    def lvm(
+        self,
+        argv: Sequence[str],
+        directory: str,
+        *,
+        out: Callable[[str], None],
+        err: Callable[[str], None],
+        ask: Callable[[str], str | None],
+        background: Callable[[str], None] = lambda text: None,
+        devices: str | None = None,
+        system_dir: str | None = None,
+    ) -> int:
+        """Run a command line of LVM's in the server and return its exit code.
+
+        Relative paths in it start at `directory`; `devices` and `system_dir` stand for
+        COW_LVM_DEVICES and LVM_SYSTEM_DIR. `background` gets what is to be said if the caller does
+        not wait for the end.
+        """
+        args = {
+            "argv": list(argv),
+            "directory": directory,
+            "devices": devices,
+            "system_dir": system_dir,
+        }
+        self.send(protocol.encode({"cow": protocol.VERSION, "verb": "lvm", "args": args}))
+        streams = {"out": out, "err": err, "background": background}
+        while True:
+            answer = self.receive()
+            if "error" in answer:
+                self.described = answer["error"]
+                raise protocol.make_error(self.described)
+            if "result" in answer:
+                return int(answer["result"])
+            for stream, write in streams.items():
+                if stream in answer:
+                    write(str(answer[stream]))
+            if "prompt" in answer:
+                line = ask(str(answer["prompt"]))
+                self.send(protocol.encode({"answer": line}))
 
     def send(self, line: bytes) -> None:
         """Send one request as it goes over the socket."""

@@ -4,6 +4,10 @@
     {"result": null}
     {"error": {"type": "TableError", "errno": 22, "text": "…", "device": "base", "line": 1}}
 
+The verb lvm runs a command line of LVM's and answers in a stream: {"out": text}, {"err": text},
+{"background": text}, {"prompt": text}, which the client answers by {"answer": line or null}, and
+{"result": exit code} at the end.
+
 A request is answered before the next one is read. Unknown verbs and arguments are refused, so that
 an old server never does half of what a new client means; `VERSION` goes up when a verb changes.
 """
@@ -49,6 +53,9 @@ _TEXT = Param(str, optional=True)
 _WHICH = {"name": _TEXT, "uuid": _TEXT, "minor": _NUMBER}
 """A device: by one of these."""
 
+_TEXTS = Param(list)
+"""Strings, as they stand on a command line."""
+
 _LINES = {**_WHICH, "inactive": _FLAG, "target": _TEXT, "numbers": _FLAG}
 
 VERBS: dict[str, dict[str, Param]] = {
@@ -74,6 +81,7 @@ VERBS: dict[str, dict[str, Param]] = {
     "rename": {**_WHICH, "new_name": _NAME},
     "set_uuid": {**_WHICH, "new_uuid": _NAME},
     "message": {**_WHICH, "sector": Param(int), "text": _NAME},
+    "lvm": {"argv": _TEXTS, "directory": _NAME, "devices": _TEXT, "system_dir": _TEXT},
     "wait": {**_WHICH, "event_nr": _NUMBER, "timeout": Param(float, optional=True)},
 }
 
@@ -122,16 +130,26 @@ def _argument(verb: str, name: str, param: Param, args: dict[str, Any]) -> Any: 
         value = float(value)
     if type(value) is not param.type:
         raise ProtocolError(f"{verb}: {name} is no {param.type.__name__}")
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8", "surrogateescape" if name == "table" else "strict")
-        except UnicodeEncodeError as error:
-            raise ProtocolError(f"{verb}: {name} is no text") from error
-        if "\0" in value:
-            raise ProtocolError(f"{verb}: {name} holds a zero byte")
+    if isinstance(value, list):
+        for each in value:
+            if not isinstance(each, str):
+                raise ProtocolError(f"{verb}: {name} is no list of texts")
+            _check_text(verb, name, each)
+    elif isinstance(value, str):
+        _check_text(verb, name, value)
     elif isinstance(value, int | float) and not 0 <= value < 2**64:
         raise ProtocolError(f"{verb}: {name} is out of range")
     return value
+
+
+def _check_text(verb: str, name: str, value: str) -> None:
+    escapes = name == "table" or verb == "lvm"  # they hold paths
+    try:
+        value.encode("utf-8", "surrogateescape" if escapes else "strict")
+    except UnicodeEncodeError as error:
+        raise ProtocolError(f"{verb}: {name} is no text") from error
+    if "\0" in value:
+        raise ProtocolError(f"{verb}: {name} holds a zero byte")
 
 
 # ---- errors

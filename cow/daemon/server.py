@@ -88,6 +88,10 @@ class Server:
         self.path = protocol.socket_path(path) if listening is None else _path_of(listening)
         self.request_seconds = request_seconds
         self.stopping = threading.Event()
+        self.lvm_lock = threading.RLock()
+        """Keeps LVM's commands apart; those that wait for an answer or a merge do not hold it."""
+        self.lvm_devices: list[str] = []
+        """The images that LVM's commands have been given, for those that are given none."""
         self._max_clients = max_clients
         self._clients: set[_Client] = set()
         self._lock = threading.Lock()
@@ -340,7 +344,41 @@ class _Client:
     def _run(self, verb: str, args: dict[str, Any]) -> Any:  # noqa: ANN401
         if verb == "wait":
             return self._wait(**args)
+        if verb == "lvm":
+            return self._lvm(args)
         return _VERBS[verb](self.server.mapper, **args)
+
+    def _lvm(self, args: dict[str, Any]) -> int:
+        """Run a command line of LVM's; the answer before the result is a stream of messages."""
+        from cow.daemon.lvm import Session
+
+        server = self.server
+        session = Session(
+            server.mapper,
+            server.lvm_devices,
+            server.lvm_lock,
+            send=self._try_to_send,
+            receive=self._next_answer,
+            alive=lambda: not (server.stopping.is_set() or self.gone()),
+        )
+        return session.run(**args)
+
+    def _try_to_send(self, message: dict[str, Any]) -> bool:
+        try:
+            self._send(message)
+        except OSError:
+            return False
+        return True
+
+    def _next_answer(self) -> dict[str, Any] | None:
+        """Return the answer to a question. Who takes long over it may lose its place."""
+        self.busy = False
+        try:
+            return protocol.decode(self._next_line())
+        except (_Hangup, OSError):
+            return None
+        finally:
+            self.busy = True
 
     def _wait(
         self,
