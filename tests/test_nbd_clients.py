@@ -21,7 +21,9 @@ from cow.export.nbd import NbdServer
 SECTORS = 8192
 SIZE = SECTORS * SECTOR
 PYTHON = "/usr/bin/python3"
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+ENVIRONMENT = {
+    name: os.environ[name] for name in os.environ if name not in ("PYTHONPATH", "LD_PRELOAD")
+}
 
 PRELUDE = """
 import errno, json, nbd, os, random, sys, threading
@@ -633,7 +635,13 @@ def test_fio_verifies_an_origin_and_its_snapshot_at_once(rig, uri, tmp_path, mor
     need("fio")
     rig.snap(cow_sectors=4 * SECTORS)
     jobs = [
-        subprocess.Popen(fio(tmp_path, name, uri(name), *more), cwd=tmp_path, stdout=-1, stderr=-2)
+        subprocess.Popen(
+            fio(tmp_path, name, uri(name), *more),
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=-1,
+            stderr=-2,
+        )
         for name in ("base", "snap")
     ]
     for job in jobs:
@@ -668,7 +676,7 @@ def test_a_reader_of_the_old_state_and_writers_of_the_new(rig, uri, tmp_path):
     need("fio", "nbdcopy", "qemu-io")
     rig.snap(cow_sectors=4 * SECTORS)
     writers = [
-        subprocess.Popen(words, cwd=tmp_path, stdout=-1, stderr=-2)
+        subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=-1, stderr=-2)
         for words in (
             fio(tmp_path, "low", uri(), "--rw=randwrite", "--bs=4k", f"--size={SIZE // 2}"),
             ["qemu-io", "-f", "raw", "-c", f"write -P 7 {SIZE // 2} {SIZE // 4}", uri()],
