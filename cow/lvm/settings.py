@@ -28,6 +28,8 @@ DEFAULTS: Final[dict[str, Scalar]] = {
     "activation/polling_interval": 15,
     "activation/snapshot_autoextend_percent": 20,
     "activation/snapshot_autoextend_threshold": 100,
+    "backup/backup": 1,
+    "backup/backup_dir": "",
     "global/activation": 1,
     "global/suffix": 1,
     "global/units": "r",

@@ -83,7 +83,7 @@ class Field:
         if self.kind == "lst":
             return (not value, value)
         if self.kind == "str":
-            return str(value).encode("utf-8", "surrogateescape")
+            return str(value).strip("[]").encode("utf-8", "surrogateescape")
         if isinstance(value, str):
             return 0
         if value is None:
@@ -92,9 +92,10 @@ class Field:
 
 
 def find_fields(name: str, groups: Iterable[str], prefix: str) -> list[Field]:
-    """Return the field of that name, or all those of a group for all or GROUP_all; [] if none.
+    """Return the field of that name, or all those of a group for GROUP_all; [] if there is none.
 
     Case and underscores do not matter; `prefix` is that of the report, "lv_", and can be left out.
+    All without a group are those of `groups`.
     """
     wanted = name.lower().replace("_", "")
     short = prefix.replace("_", "")

@@ -34,6 +34,8 @@ class Row:
     pv: PhysicalVolume | None = None
     device: PVDevice | None = None
     piece: Piece | None = None
+    path: str = ""
+    """A device that is no PV."""
     duplicate: bool = False
     show_hidden: bool = True
     """Whether hidden LVs have their names in brackets."""

@@ -38,6 +38,19 @@ SIGNS: Final = ("=~", "!~", "!=", ">=", "<=", "=", ">", "<")
 
 HINT: Final = "Use 'help' for selection to get more help."
 
+OPERATORS: Final = """\
+Selection operators
+-------------------
+  =~ !~       a regular expression matches or not        [string]
+  = !=        equal or not                               [all kinds]
+  > >= < <=   more, at least, less, at most              [number, size, percent, time]
+  since after until before   as >= > <= <                [time]
+  && ,        all comparisons have to be true
+  || #        one comparison has to be true
+  ( ) !( )    a group, and its opposite
+  {A,B} [A,B] the list has these, the list is these; || or # in place of , for one of them
+ """.split("\n")
+
 SYNONYMS: Final = {
     "rw": "writeable",
     "read-write": "writeable",
@@ -118,13 +131,13 @@ class Selection:
         sign = self._sign(here[name.end() :], each)
         if not sign:
             error = self._syntax(f"Unrecognised comparison operator: {self._rest.strip()}", here)
-            raise FieldError(error.strerror or "", self._help())
+            raise FieldError(error.strerror or "", OPERATORS)
         if sign in ("=~", "!~"):
             return self._regex(each, sign, here)
         if each.kind in ("str", "lst") and sign not in ("=", "!="):
             text = "Operator can be used only with number, size, time or percent fields: "
             error = self._syntax(text + here, here)
-            raise FieldError(error.strerror or "", self._help())
+            raise FieldError(error.strerror or "", OPERATORS)
         return {
             "str": self._string,
             "lst": self._list,

@@ -8,7 +8,7 @@ unknown. A field that has no function here is blank for every LV that can be run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from cow.lvm.metadata import Area, LogicalVolume, PhysicalVolume, Segment
 from cow.lvm.names import dashed_id, dm_name
@@ -37,13 +37,17 @@ from cow.lvm.report.traits import (
     zeroes,
 )
 
+Value: TypeAlias = Any
+"""What a field holds, as its kind says."""
+Values: TypeAlias = Callable[[Row], Value]
+
 
 def _lv(row: Row) -> LogicalVolume:
     assert row.lv is not None
     return row.lv
 
 
-def _live(row: Row, tell: Callable[[LiveDevice], Any], absent: Any = None) -> Any:  # noqa: ANN401
+def _live(row: Row, tell: Callable[[LiveDevice], Value], absent: Value = None) -> Value:
     device = row.live.device(_lv(row))
     return absent if device is None else tell(device)
 
@@ -194,17 +198,11 @@ def _metadata_devices(row: Row) -> list[str]:
     return [f"{name}(0)" for name in names]
 
 
-def _of_segment(
-    tell: Callable[[Segment], Any],
-    absent: Any = None,  # noqa: ANN401
-) -> Callable[[Row], Any]:
+def _of_segment(tell: Callable[[Segment], Value], absent: Value = None) -> Values:
     return lambda row: absent if row.segment is None else tell(row.segment)
 
 
-def _of_lv(
-    tell: Callable[[LogicalVolume], Any],
-    absent: Any = "",  # noqa: ANN401
-) -> Callable[[Row], Any]:
+def _of_lv(tell: Callable[[LogicalVolume], Value], absent: Value = "") -> Values:
     return lambda row: absent if row.lv is None else tell(row.lv)
 
 
@@ -214,7 +212,7 @@ def _seg_extents(row: Row) -> int:
     return row.piece.count if row.piece is not None else 0
 
 
-VALUES: Final[dict[str, Callable[[Row], Any]]] = {
+VALUES: Final[dict[str, Values]] = {
     "lv_uuid": _of_lv(_uuid),
     "lv_name": lambda row: _name(row, row.lv),
     "lv_full_name": _of_lv(str),

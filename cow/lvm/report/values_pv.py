@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from cow.device import Device
 from cow.image import Image
@@ -11,6 +11,7 @@ from cow.lvm.mda import MetadataArea
 from cow.lvm.metadata import PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.names import dashed_id
 from cow.lvm.report.rows import Row
+from cow.lvm.report.values import Value, Values
 from cow.units import sectors
 
 # ---- PVs
@@ -20,7 +21,7 @@ def pv_name(row: Row) -> str:
     """Return how the user named the device; [unknown] if it is missing."""
     if row.pv is not None:
         return str(row.pv)
-    return row.device.path if row.device is not None else ""
+    return row.device.path if row.device is not None else row.path
 
 
 def pv_uuid(row: Row) -> str:
@@ -112,10 +113,7 @@ def _number_of_device(row: Row, index: int) -> str:
     return str(device.major_minor[index]) if isinstance(device, Image | Device) else "-1"
 
 
-def _of_pv(
-    tell: Callable[[PhysicalVolume], Any],
-    absent: Any,  # noqa: ANN401
-) -> Callable[[Row], Any]:
+def _of_pv(tell: Callable[[PhysicalVolume], Value], absent: Value) -> Values:
     return lambda row: absent if row.pv is None else tell(row.pv)
 
 
@@ -148,15 +146,12 @@ def visible_lvs(vg: VolumeGroupMetadata) -> int:
     return sum(lv.visible for lv in vg.lvs)
 
 
-def _of_vg(
-    tell: Callable[[VolumeGroupMetadata], Any],
-    absent: Any = "",  # noqa: ANN401
-) -> Callable[[Row], Any]:
+def _of_vg(tell: Callable[[VolumeGroupMetadata], Value], absent: Value = "") -> Values:
     return lambda row: absent if row.vg is None else tell(row.vg)
 
 
-PV_VALUES: Final[dict[str, Callable[[Row], Any]]] = {
-    "pv_fmt": lambda row: "lvm2",
+PV_VALUES: Final[dict[str, Values]] = {
+    "pv_fmt": lambda row: "lvm2" if row.pv or row.device else "",
     "pv_uuid": pv_uuid,
     "dev_size": device_sectors,
     "pv_name": pv_name,
@@ -186,7 +181,7 @@ PV_VALUES: Final[dict[str, Callable[[Row], Any]]] = {
     "pvseg_size": lambda row: row.piece.count if row.piece else 0,
 }
 
-VG_VALUES: Final[dict[str, Callable[[Row], Any]]] = {
+VG_VALUES: Final[dict[str, Values]] = {
     "vg_fmt": _of_vg(lambda vg: vg.format),
     "vg_uuid": _of_vg(lambda vg: dashed_id(vg.id)),
     "vg_name": _of_vg(lambda vg: vg.name),
