@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -29,6 +31,10 @@ from cow.export.nbd import NbdServer
 SECTORS = 16384
 SIZE = SECTORS * SECTOR
 SECONDS = 60
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
 
 
 @pytest.fixture
@@ -297,6 +303,22 @@ def test_requests_of_any_size_and_place_are_what_was_asked_for(rig, mounted, ope
             assert os.pread(base, length + 9, offset)[:length] == model[offset : offset + length]
     assert rig.read("base") == bytes(model)
     assert rig.read("snap") == rig.before
+
+
+def test_a_range_is_zeroed_only_on_a_writable_device(rig, mounted, opened):
+    rig.dm.create("dev", "0 16 linear base-real 0")
+    file = opened(mounted / "dev")
+    rig.dm.load("dev", "0 8 linear base-real 0", readonly=True)
+    rig.dm.resume("dev")
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in (FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE):
+        assert libc.fallocate(file, kind, ctypes.c_long(0), ctypes.c_long(512)) == -1
+        assert ctypes.get_errno() == errno.EPERM
+    rig.dm.load("dev", "0 8 linear base-real 0", readonly=False)
+    rig.dm.resume("dev")
+    assert libc.fallocate(file, FALLOC_FL_ZERO_RANGE, ctypes.c_long(4096), ctypes.c_long(1)) == -1
+    assert ctypes.get_errno() == errno.EINVAL
+    assert rig.read("base-real") == rig.before
 
 
 def test_at_the_end_reads_are_short_and_writes_find_no_space(rig, mounted, opened):
@@ -649,6 +671,39 @@ def test_a_consistent_snapshot_is_taken_while_programs_write(rig, mounted, opene
     assert (mounted / "base").read_bytes() == rig.read("base")
 
 
+def test_a_merge_loses_no_write_of_programs(rig, mounted, seed):
+    print("seed", seed)
+    rig.snap(cow_sectors=2 * SECTORS)
+    merged = stamp(0, SECTORS, 5)
+    (mounted / "snap").write_bytes(merged)
+    poll(lambda: is_closed(rig.dm, "snap"))
+    rig.dm.suspend("base")
+    rig.dm.remove("snap")
+    rig.dm.load("base", rig.line("snap", kind="snapshot-merge"))
+    models = [bytearray(merged[n * SIZE // 4 : (n + 1) * SIZE // 4]) for n in range(4)]
+
+    def write(number: int) -> None:
+        """Write here and there in one quarter, and read it back."""
+        dice = random.Random(f"{seed} {number}")
+        model, first = models[number], number * SIZE // 4
+        with open(mounted / "base", "r+b", buffering=0) as file:
+            for _ in range(200):
+                data = dice.randbytes(dice.randrange(1, 9000))
+                at = dice.randrange(SIZE // 4 - len(data))
+                assert os.pwrite(file.fileno(), data, first + at) == len(data)
+                model[at : at + len(data)] = data
+                at = dice.randrange(SIZE // 4 - 9000)
+                assert os.pread(file.fileno(), 9000, first + at) == model[at : at + 9000]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as writers:
+        done = [writers.submit(write, number) for number in range(4)]
+        rig.dm.resume("base")
+        wait_merge(rig.dm, "base")
+        for each in done:
+            each.result(SECONDS)
+    assert rig.read("base") == b"".join(models)
+
+
 # --- the mount ------------------------------------------------------------------------------------
 
 
@@ -688,6 +743,21 @@ def test_stop_takes_the_devices_from_programs_that_have_them_open(rig, tmp_path,
     assert failed == [errno.ECONNABORTED]
     assert refused(os.pread, file, 512, 0) == errno.ENOTCONN
     assert is_closed(rig.dm, "base")
+
+
+def test_a_program_that_ends_unmounts(tmp_path):
+    directory = make_directory(tmp_path)
+    code = f"""
+        import cow, os
+        from cow.export.fuse import FuseMount
+
+        dm = cow.Mapper()
+        dm.create("dev", "0 8 zero")
+        FuseMount(dm, {str(directory)!r}).start()
+        assert os.listdir({str(directory)!r}) == ["dev"]
+    """
+    run(sys.executable, "-c", textwrap.dedent(code))
+    assert fusermount.mounted(str(directory)) is None
 
 
 def test_a_user_may_unmount_and_the_devices_are_let_go(rig, tmp_path, opened):

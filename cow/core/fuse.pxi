@@ -269,6 +269,7 @@ cdef int fuse_transfer(
     o.offset = args.offset
     if args.offset < d.size:
         o.length = min(<uint64_t>args.size, d.size - args.offset)
+        o.length = min(o.length, <uint64_t>FUSE_PAYLOAD)
     if writing:
         if not d.writable:
             return -EPERM
@@ -440,7 +441,9 @@ cdef void fuse_prepare(fuse_connection *c, fuse_request *r) noexcept nogil:
         d = <device *><size_t>args.fh
         bio_init(&b, PREPARE, emit_nothing, request_bytes(r) + FUSE_WRITE_DATA + r.done)
         b.group = &group
-        if args.size <= r.done or device_map(d, &b, args.offset + r.done, args.size - r.done):
+        if not d.writable or args.size <= r.done:
+            break
+        if device_map(d, &b, args.offset + r.done, args.size - r.done):
             break
         r = r.next
     group_commit(&group)
@@ -485,7 +488,7 @@ cdef void fuse_work(fuse_connection *c, uint8_t *reply) noexcept nogil:
         if r != NULL:
             fuse_finish(c, r, reply)
         else:
-            port_event_wait(&c.slow.arrivals, seen, WAIT_SLICE)
+            port_event_wait(&c.slow.arrivals, seen, 10 * WAIT_SLICE)
 
 
 cdef void fuse_retry(fuse_connection *c) noexcept nogil:
@@ -497,7 +500,7 @@ cdef void fuse_retry(fuse_connection *c) noexcept nogil:
         arrived = port_event_count(&c.waiting.arrivals)
         changes = port_event_count(&c.gate.changes)
         if queue_is_empty(&c.waiting):
-            port_event_wait(&c.waiting.arrivals, arrived, WAIT_SLICE)
+            port_event_wait(&c.waiting.arrivals, arrived, 10 * WAIT_SLICE)
             continue
         port_event_wait(&c.gate.changes, changes, WAIT_SLICE)
         r = queue_take(&c.waiting, True)

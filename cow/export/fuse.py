@@ -11,6 +11,7 @@ for each time. What is mapped into memory is read when it is touched first after
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import itertools
@@ -177,11 +178,13 @@ class FuseMount:
             target=self._run, args=(self._connection, file), name="cow-fuse", daemon=True
         )
         self._thread.start()
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         """Unmount, let requests under way finish, and end; who has files open loses them."""
         if self._connection is None or self._thread is None:
             return
+        atexit.unregister(self.stop)
         self._unmount()
         self._connection.stop()
         self._thread.join()
