@@ -1,4 +1,4 @@
-"""Random commands of lvm: `cow lvm` does what the real lvm2 does; each goes on where the other was."""
+"""Random commands of lvm: `cow lvm` and the real lvm2 do the same, and in turns."""
 
 from __future__ import annotations
 
