@@ -1,7 +1,7 @@
 """Power cuts while snapshots are made, removed, merged: no generation in between, and no byte lost.
 
-As tests/test_lvm_power.py, with the LVs active. The free extents are full of old COW stores, so that
-one that was not wiped would be believed. In every state the disk may be in after a cut, every
+As tests/test_lvm_power.py, with the LVs active. The free extents are full of old COW stores, so
+that one that was not wiped would be believed. In every state the disk may be in after a cut, every
 snapshot shows what it showed, and so does the origin; or both show what the merge gives.
 """
 
