@@ -361,7 +361,7 @@ def test_status_words_are_in_lvms_order():
 
 @pytest.mark.parametrize(
     ("sectors", "shown"),
-    [(1, "512 B"), (8, "4.00 KiB"), (8192, "4.00 MiB"), (130944, "<63.94 MiB")],
+    [(0, "0   "), (1, "512 B"), (8, "4.00 KiB"), (8192, "4.00 MiB"), (130944, "<63.94 MiB")],
 )
 def test_sizes_in_messages(sectors, shown):
     assert display_size(sectors) == shown

@@ -250,13 +250,15 @@ class Activation:
             )
             before = [self.live_family(lv) for lv in old_active]
             after = [self.family(lv) for lv in new_active]
+            if _look(self.family(lv) for lv in old_active) == _look(after):
+                continue  # a merge that waits does not begin because something else changes
             # The family that is left comes first, what leaves it comes behind.
             after.sort(key=lambda each: each.lv.id not in [other.lv.id for other in before])
             if before and _look(before) != _look(after):
                 yield before, after
 
 
-def _look(families: list[Family]) -> set[tuple[str, str, str, bool]]:
+def _look(families: Iterable[Family]) -> set[tuple[str, str, str, bool]]:
     devices = [device for each in families for device in each.devices]
     return {(device.uuid, device.name, device.table, device.readonly) for device in devices}
 
