@@ -243,16 +243,21 @@ class ActiveVolumeGroup(ABC):
     ) -> None:
         """Make an LV as large as `extents` or `size` bytes say, which is more than it is.
 
-        Of a snapshot that is the COW store, which is never larger than it can use. An origin has
-        to be inactive.
+        Of a snapshot that is the COW store, which is never larger than it can use: one that is that
+        large stays as it is. An origin has to be inactive.
         """
-        with self.change(f"lvextend {self.name}/{name}") as new:
-            lv = new.lv(name)
-            count = self._extents(new, extents, size)
+        with self.lock:
+            self._check_writable()
+            lv = self.metadata.lv(name)
+            wanted = self._extents(self.metadata, extents, size)
             self._check_family(lv)
-            count = self._cap_store(lv, count)
-            edit.extend_lv(lv, count, report=self.report, **options)
-            self._report_size(lv)
+            count = self._cap_store(lv, wanted)
+            if count < wanted and count == lv.extent_count:
+                self._report_size(lv)
+            else:
+                with self.change(f"lvextend {self.name}/{name}") as new:
+                    edit.extend_lv(new.lv(name), count, report=self.report, **options)
+                    self._report_size(new.lv(name))
         self.report(f"Logical volume {self.name}/{name} successfully resized.")
 
     def _cap_store(self, lv: LogicalVolume, count: int) -> int:
@@ -306,7 +311,8 @@ class ActiveVolumeGroup(ABC):
             f"{display_size(count * lv.vg.extent_size)} ({count} extents)"
             for count in (self.metadata.lv(lv.name).extent_count, lv.extent_count)
         ]
-        self.report(f"Size of logical volume {lv} changed from {sizes[0]} to {sizes[1]}.")
+        change = "unchanged from {}" if sizes[0] == sizes[1] else "changed from {} to {}"
+        self.report(f"Size of logical volume {lv} {change.format(*sizes)}.")
 
     def _extents(self, vg: VolumeGroupMetadata, extents: int | None, size: int | None) -> int:
         if (extents is None) is (size is None):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from support import fill
+from support import fill, poll
 
 from cow.lvm.command import Shell, run
 from cow.mapper import Mapper
 
 from .lvm_programs import DISKS, VG, Step
-from .record_lvm import CONFIG, HOST, guest_step, shell
+from .record_lvm import CONFIG, HOST, SETTINGS, guest_step, shell
 from .uml import Kernel
 
 ROWS = ("--noheadings", "--separator", ";", "--units", "s")
@@ -42,6 +44,14 @@ CHECKS = (
     *(("pvck", "--dump", "headers", disk) for disk in DISKS),
 )
 
+MERGES = """\
+tries=0
+while dmsetup table | grep -q snapshot-merge && [ $tries -lt 500 ]; do
+    tries=$((tries + 1))
+    sleep 0.01
+done
+"""
+
 Answer = tuple[int, str, str]
 """Exit status, stdout, stderr."""
 
@@ -64,6 +74,7 @@ class Cow:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mapper = Mapper(durability="process")
+        self.lock = threading.RLock()
 
     def close(self) -> None:
         self.mapper.close()
@@ -75,6 +86,7 @@ class Cow:
             out.append,
             err.append,
             self.mapper,
+            lock=self.lock,
             directory=str(self.folder),
             environ={
                 "LVM_SYSTEM_DIR": str(self.folder / "etc"),
@@ -94,9 +106,13 @@ class Cow:
         if step[0] == "lvm":
             return self.lvm(step[1:])
         if step[0] == "look":
-            return [self.lvm(report) for report in REPORTS]
+            found = [self.lvm(report) for report in REPORTS]
+            return [(max(each[0] for each in found), "".join(each[1] for each in found) + "\n", "")]
         if step[0] == "check":
             return [self.lvm(words) for words in CHECKS]
+        if step[0] == "settle":
+            poll(lambda: "snapshot-merge" not in self.mapper.table())
+            return self.lvm(["lvs"])[0]
         _, lv, offset, length, seed = step
         try:
             return self.mapper.device(device_name(lv)).pwrite(fill(length, seed), offset)
@@ -135,6 +151,7 @@ class Real:
         self.paths = {name: f"/dev/ubd{chr(ord('b') + slot)}" for slot, name in enumerate(DISKS)}
         images = {name.removesuffix(".img"): folder / name for name in DISKS}
         (kernel.folder / "lvm.conf").write_text(CONFIG)
+        (kernel.folder / LOOK).write_text("".join(f"{shlex.join(each)}\n" for each in REPORTS))
         start = (
             f"hostname {HOST}; rm -rf /run/files /run/lvm /dev/{VG} /dev/mapper/{VG}-*;"
             " mkdir -p /run/files /run/lock /run/lvm"
@@ -153,18 +170,25 @@ class Real:
         for step in steps:
             if step[0] == "w":
                 asked.append(["w", device_name(step[1]), *step[2:]])
+            elif step[0] == "settle":
+                asked += [shell(MERGES), self.command(["lvs"])]
             else:
                 asked += [self.command(words) for words in lines_of(step)]
         answers = iter(self.kernel.run(None, asked, clean=False, seconds=120))
         return [self.answer(step, answers) for step in steps]
 
     def command(self, words: Sequence[str]) -> list[Any]:
+        if not words:
+            return shell(f"{SETTINGS_WORDS} lvm </run/scratch/{LOOK}")
         return guest_step({"args": words, "stdin": ""}, self.paths)
 
     def answer(self, step: Step, answers: Any) -> Any:
         if step[0] == "w":
             word = next(answers).removeprefix("w ")
             return "error" if word.startswith("E") else int(word)
+        if step[0] == "settle":
+            next(answers)
+            return self.shown(next(answers))[0]
         found = [self.shown(next(answers)) for _ in lines_of(step)]
         return found[0] if step[0] == "lvm" else found
 
@@ -203,10 +227,15 @@ class Real:
         }
 
 
+LOOK = "look.lvm"
+"""A script of REPORTS: one process prints them all, and an empty line."""
+SETTINGS_WORDS = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
+
+
 def lines_of(step: Step) -> list[Sequence[str]]:
     """Return the command lines that a step stands for."""
     if step[0] == "look":
-        return list(REPORTS)
+        return [()]
     return list(CHECKS) if step[0] == "check" else [step[1:]]
 
 

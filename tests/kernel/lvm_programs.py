@@ -1,7 +1,7 @@
 """Random programs of lvm command lines, written with a small model of what exists.
 
-A step is ["lvm", VERB, ARGS…], ["w", LV, OFFSET, LENGTH, SEED] (to the device of an LV of vg0) or
-["look"]: compare the reports. The model is a guess: what it holds for possible may be refused, and
+A step is ["lvm", VERB, ARGS…], ["w", LV, OFFSET, LENGTH, SEED] (to the device of an LV of vg0),
+["settle"]: wait for merges that began in the background, or ["look"]: compare the reports. The model is a guess: what it holds for possible may be refused, and
 now and then it asks for what it knows to be wrong.
 """
 
@@ -53,7 +53,7 @@ class Author:
         self.lvm("vgcreate", "-s", f"{self.extent}k", VG, *disks)
         return self.taken()
 
-    def write(self, count: int, look: int = 5) -> list[Step]:
+    def write(self, count: int, look: int = 8) -> list[Step]:
         """Write `count` steps, with a look at the reports after each few."""
         for number in range(count):
             self.command()
@@ -230,6 +230,8 @@ class Author:
         lv = self.lvs[name]
         lv.active = not lv.active
         self.lvm("lvchange", "-ay" if lv.active else "-an", f"{VG}/{name}")
+        if lv.active:
+            self.steps.append(["settle"])
 
     def merge(self) -> None:
         name = self.pick(snapshots=True)
@@ -304,7 +306,7 @@ class Author:
             ("lvremove", "-y", f"{VG}/none"),
             ("lvremove", f"{VG}/{name}/x"),
             ("vgextend", VG, "disk1.img"),
-            ("vgextend", "none", "disk3.img"),
+            ("vgextend", "none", "disk1.img"),
             ("vgcreate", VG, "disk1.img"),
             ("vgck", "none"),
             ("pvcreate", "disk1.img"),

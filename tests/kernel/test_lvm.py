@@ -1,4 +1,4 @@
-"""Random commands of lvm: `cow lvm` and the real lvm2 do the same, and in turns."""
+"""Random commands of lvm: `cow lvm` does what the real lvm2 does, and each goes on for the other."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ def take_turn(judge, folder, steps, ours: bool):
     """Run steps on one side, on the disks in real/; return the answers and the data of the LVs."""
     side = Cow(folder / "real") if ours else Real(judge.running(), folder / "real")
     try:
-        side.lvm(["vgchange", "-ay", VG])
-        done = side.steps(steps)
-        side.lvm(["vgchange", "-ay", VG])
+        active = [["lvm", "vgchange", "-ay", VG], ["settle"]]
+        done = side.steps([*active, *steps, *active])
         contents = side.contents()
         assert side.lvm(["vgchange", "-an", VG])[0] == 0
     finally:
@@ -92,7 +91,7 @@ def looked(judge, folder):
         side = Cow(folder / "real") if ours else Real(judge.running(), folder / "real")
         try:
             answers = side.steps([["check"]])[0]
-            side.lvm(["vgchange", "-ay", VG])
+            side.steps([["lvm", "vgchange", "-ay", VG], ["settle"]])
             contents = visible(side.contents())
             side.lvm(["vgchange", "-an", VG])
             found[name] = answers, contents

@@ -86,12 +86,12 @@ def _is_active(row: Row) -> bool | None:
 
 
 def _permissions(row: Row) -> str:
+    if not _lv(row).writable:
+        return "read-only"
     device = row.live.device(_lv(row))
     if device is None:
         return "unknown"
-    if device.info.readonly:
-        return "read-only-override" if _lv(row).writable else "read-only"
-    return "writeable"
+    return "read-only-override" if device.info.readonly else "writeable"
 
 
 def _read_ahead(row: Row) -> int | str:
