@@ -12,13 +12,14 @@ FUZZ_SECONDS ?= 60
 LIVE_SECONDS ?= 300
 # Per cent of the lines, of the core and of all else: less is an error of make coverage.
 COVERAGE ?= 97
+LONG ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-kernel test-live bench bench-peers bench-report lint format sdist debug asan tsan fuzz \
-	coverage clean
+.PHONY: help setup build demo test test-kernel test-live crash power faults bench \
+	bench-peers bench-report lint format sdist debug asan tsan fuzz coverage clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z -]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z -]*\):[^#]*## /\1\t/p' Makefile | expand -t 20
 
 setup build: ## Install what is missing, make .venv, build the extension (the others do this first)
 	@tools/setup
@@ -37,6 +38,10 @@ test-kernel: ## Compare with the real kernel, run as a process; ARGS="--programs
 test-live: ## Take, copy and merge snapshots while fio verifies the origin, twice LIVE_SECONDS (300)
 	@tools/setup test
 	@COW_LIVE_SECONDS=$(LIVE_SECONDS) $(BIN)/pytest -rP tests/test_live.py $(ARGS)
+
+crash power faults: ## Kill processes, cut the power, damage stores: thousands of times, or LONG thousand
+	@tools/setup test
+	@COW_LONG=$(LONG) $(BIN)/pytest $(wildcard tests/test_$@.py tests/test_*_$@.py) $(ARGS)
 
 bench: setup ## Run the benchmarks, each beside its limit; ARGS="--scale small" for a quick look
 	@$(BIN)/pytest benchmarks --benchmark-only $(ARGS)

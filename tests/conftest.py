@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 import pytest
+from support import COUNTED
 
 import cow._core
 
@@ -40,6 +41,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
+    if COUNTED:
+        terminalreporter.section("counted")
+        for what, number in sorted(COUNTED.items()):
+            terminalreporter.write_line(f"{number:9} {what}")
     if exitstatus != pytest.ExitCode.OK:
         terminalreporter.write_line(f"this run had --seed {config.option.seed}")
 

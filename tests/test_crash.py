@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import SECTOR, image, stamp
+from support import SECTOR, count, image, stamp
 from support.crash import (
     COW_SECTORS,
     LONG,
@@ -162,3 +162,4 @@ def test_a_killed_process_loses_nothing(tmp_path, seed, durability, nursery):
         judge.check(under_way, where)
         if judge.merging and (how == "done" or rng.random() < 0.5):
             judge.finish_merge(where)
+        count("processes killed at work", how == "killed")

@@ -19,6 +19,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from support import count
 
 from cow.cli import main as command
 from cow.cli.dm import VERBS, run, usage
@@ -101,6 +102,7 @@ def test_a_session_is_that_of_dmsetup(dm, images, tmp_path):
         entry = json.loads(line)
         args = [re.sub(r"\{([ocs])\}", lambda hit: images[hit[1]], word) for word in entry["args"]]
         status, out, err = dm(*args, stdin=entry.get("stdin", ""))
+        count("command lines compared with those of dmsetup")
         got = {"stdout": out, "stderr": as_dmsetup(err), "status": status}
         expected = {key: entry[key] for key in got}
         if got != expected:

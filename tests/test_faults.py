@@ -28,6 +28,7 @@ import pytest
 from support import (
     SECTOR,
     Rig,
+    count,
     header_bytes,
     image,
     stamp,
@@ -134,6 +135,7 @@ def intact_or_invalid(dm: cow.Mapper, name: str, contents: bytes) -> bool:
 @pytest.mark.parametrize("durability", ["process", "power"])
 def test_a_disk_full_at_any_moment_costs_no_more_than_the_snapshot(disk, words, durability):
     for free in range(disk.pages):
+        count("runs on a full disk")
         disk.clear()
         origin = image(disk.folder / "origin.img", BEFORE)
         stores = [disk.sparse(f"{i}.cow", 256) for i in range(2)]
@@ -190,6 +192,7 @@ def test_a_disk_full_at_any_moment_costs_no_more_than_the_snapshot(disk, words, 
 
 def test_a_merge_into_a_sparse_origin_on_a_full_disk_stops_and_goes_on_later(disk):
     for free in range(disk.pages):
+        count("runs on a full disk")
         disk.clear()
         origin = disk.sparse("origin.img", 512)
         store = disk.sparse("0.cow", 1024)
@@ -361,7 +364,7 @@ def test_the_nth_failing_request_costs_no_more_than_the_snapshot(failing, memory
         Failing.fault = Fault(op, n)
         _fail_one(memory, where)
         if not Failing.fault.fired:
-            print(n - 1, "faults")
+            count("requests made to fail", n - 1)
             return
     pytest.fail("no run was clean")
 
@@ -738,6 +741,7 @@ def check_corrupt(folder: Path, store: bytes, where: str) -> str:
     """Open a store, compare with what it has to show, work on it, look again after reopening."""
     store = bytes(store)
     known = expected(store)
+    count("damaged stores opened")
     with opened(folder, store) as (dm, outcome):
         cow.store.check(folder / "bad.cow")
         if isinstance(known, str):
@@ -786,7 +790,6 @@ def test_every_field_of_a_header_with_a_wrong_value(tmp_path, seed):
             struct.pack_into("<I", store, at, value)
             outcomes.append(check_corrupt(tmp_path, store, f"{name} {value}"))
     assert set(outcomes) == {"refused", "invalid", "served"}
-    print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
 
 
 def test_every_field_of_a_record_with_a_wrong_value(tmp_path, seed):
@@ -800,7 +803,6 @@ def test_every_field_of_a_record_with_a_wrong_value(tmp_path, seed):
                 where = f"record {index}, field {field}: {value}"
                 outcomes.append(check_corrupt(tmp_path, store, where))
     assert set(outcomes) == {"refused", "served"}
-    print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
@@ -821,7 +823,6 @@ def test_flipped_bits(tmp_path, seed, chunk):
             store[bit // 8] ^= 1 << bit % 8
             flips.append(bit)
         outcomes.append(check_corrupt(tmp_path, store, f"bits {flips}"))
-    print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
 
 
 def test_a_store_cut_anywhere(tmp_path):

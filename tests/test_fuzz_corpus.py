@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 import pytest
+from support import count
 
 CORPUS = Path(__file__).resolve().parent.parent / "fuzz" / "corpus"
 # How many random inputs each harness gets; a program takes a hundred times as long as a table.
@@ -45,6 +46,7 @@ def mutate(rng: random.Random, data: bytes, other: bytes) -> bytes:
 def test_every_input_in_the_corpus_passes(name):
     harness = importlib.import_module(f"fuzz_{name}")
     failed = []
+    count("inputs of the fuzzers run", len(corpus(name)))
     for path in corpus(name):
         try:
             harness.run(path.read_bytes())
@@ -58,6 +60,7 @@ def test_random_inputs_pass(name, seed):
     harness = importlib.import_module(f"fuzz_{name}")
     known = [path.read_bytes() for path in corpus(name)]
     rng = random.Random(seed)
+    count("inputs of the fuzzers run", RANDOM[name])
     for number in range(RANDOM[name]):
         if number % 2:
             data = rng.randbytes(rng.randrange(harness.MAX_LEN))

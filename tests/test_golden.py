@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import trace
+from support import count, trace
 
 import cow
 
@@ -19,6 +19,7 @@ def test_the_kernel_trace_replays_to_the_byte(name, tmp_path):
     trace.compare_final(
         golden, {image: (tmp_path / f"{image}.img").read_bytes() for image in golden.images}
     )
+    count("recorded traces of the kernel replayed")
 
 
 def test_the_power_durability_leaves_the_same_bytes(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SECTOR
+from support import SECTOR, count
 from support.crash import LONG, Cuts, read_log
 
 import cow
@@ -206,7 +206,7 @@ def test_every_state_of(name, folder, seed):
                 assert vg.metadata.seqno == found["seqno"] + 1
     assert cuts.all_of_them or not LONG
     assert reached == set(range(len(generations)))
-    print(cuts.visited, "states", "of all" if cuts.all_of_them else "chosen")
+    count("disk states of LVM metadata after a power cut", cuts.visited)
 
 
 def states_of(folder: Path, seed: int, before: Callable, program: Callable) -> Iterator[lvm.Scan]:
@@ -221,7 +221,7 @@ def states_of(folder: Path, seed: int, before: Callable, program: Callable) -> I
             with lvm.scan(NAMES, mapper=dm) as found:
                 yield found
     assert cuts.all_of_them
-    print(cuts.visited, "states", "of all" if cuts.all_of_them else "chosen")
+    count("disk states of LVM metadata after a power cut", cuts.visited)
 
 
 def nothing(dm: cow.Mapper) -> None:

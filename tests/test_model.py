@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import SECTOR, fill, trace, wait_merge
+from support import SECTOR, count, fill, trace, wait_merge
 from support.model import Merge, Model, Nonsense, Snapshot
 from support.shrink import shrink
 
@@ -576,12 +576,12 @@ def check(seed: int, folder: Path, durability: str, steps: int) -> None:
     """Run the program of `seed`; where engine and model differ, fail with a shorter program."""
     author = Author(seed)
     program = author.write(steps)
-    count = 0
+    runs = 0
 
     def difference(ops: list[Op]) -> Difference | None:
-        nonlocal count
-        count += 1
-        place = folder / str(count)
+        nonlocal runs
+        runs += 1
+        place = folder / str(runs)
         place.mkdir()
         world = World(place, author.images, durability)
         try:
@@ -593,6 +593,8 @@ def check(seed: int, folder: Path, durability: str, steps: int) -> None:
             shutil.rmtree(place)
         return None
 
+    count("random programs compared with the model")
+    count("operations in them", len(program))
     if first := difference(program):
         least = shrink(
             program, lambda ops: (found := difference(ops)) is not None and found.kind == first.kind

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import SECTOR, stamp, store_bytes, wait_merge
+from support import SECTOR, count, stamp, store_bytes, wait_merge
 from support.crash import FLUSH, LONG, PAGE, Content, Cuts, Entry, read_log
 
 import cow
@@ -333,12 +333,8 @@ def visit(
                 kept.append(state)
             elif keep and rng.randrange(cuts.visited) < keep:
                 kept[rng.randrange(keep)] = state
+    count("disk states after a power cut", cuts.visited)
     return cuts, kept
-
-
-def told(cuts: Cuts) -> None:
-    """Print the count; `pytest -rP` shows it."""
-    print(cuts.visited, "states", "of all" if cuts.all_of_them else "chosen")
 
 
 # --- every state of every short program ---------------------------------------------------------
@@ -361,14 +357,12 @@ SHORT = [
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_every_state_of_every_short_program(folder, seed, chunk):
     plan = Plan(chunk, store=24 * chunk)
-    visited = wide = 0
+    wide = 0
     for program in itertools.product(SHORT, repeat=3 if LONG else 2):
         cuts, _ = visit(plan, folder, list(program), seed)
         # A few programs of three wide writes have more states than MOST.
         wide += not cuts.all_of_them
-        visited += cuts.visited
     assert LONG or not wide
-    print(visited, "states;", wide, "programs with chosen ones")
 
 
 EDGES = {
@@ -387,7 +381,6 @@ def test_every_state_where(folder, seed, name):
     plan = Plan(chunk, origin=40 * chunk, store=80 * chunk, preset=preset)
     cuts, _ = visit(plan, folder, program, seed)
     assert cuts.all_of_them
-    told(cuts)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -396,7 +389,6 @@ def test_every_state_of_a_store_being_made_over_an_old_one(folder, seed, chunk):
     program = [("create", 1), ("write", "base", 512, 512), ("write", "snap1", 1024, 512)]
     cuts, _ = visit(plan, folder, program, seed)
     assert cuts.all_of_them
-    told(cuts)
 
 
 @pytest.mark.parametrize("kind", ["P", "PO"])
@@ -412,7 +404,6 @@ def test_every_state_of_an_overflow(folder, seed, kind, device):
     ]
     cuts, _ = visit(plan, folder, program, seed)
     assert cuts.all_of_them
-    told(cuts)
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
@@ -425,7 +416,6 @@ def test_every_state_of_a_growing_store(folder, seed, chunk):
     ]
     cuts, _ = visit(plan, folder, program, seed)
     assert cuts.all_of_them
-    told(cuts)
 
 
 MERGES = {
@@ -442,8 +432,7 @@ MERGES = {
 def test_every_state_of_a_merge_with(folder, seed, name):
     chunk, preset, program = MERGES[name]
     plan = Plan(chunk, origin=40 * chunk, store=80 * chunk, preset=preset)
-    cuts, _ = visit(plan, folder, program, seed, most=1 << 10)
-    told(cuts)
+    visit(plan, folder, program, seed, most=1 << 10)
 
 
 NEEDED = {
@@ -498,7 +487,6 @@ def test_every_state_of_a_snapshot_of_a_snapshot(folder, seed, chunk):
     ]
     cuts, _ = visit(plan, folder, program, seed)
     assert cuts.all_of_them
-    told(cuts)
 
 
 # --- cut after cut, and long programs -----------------------------------------------------------
@@ -518,7 +506,6 @@ def test_a_cut_after_a_cut(folder, seed, case):
     plan = Plan(chunk, origin=40 * chunk, store=80 * chunk, preset=preset)
     _, states = visit(plan, folder, program, seed, most=64, keep=15 * (LONG or 1))
     rng = random.Random(seed)
-    visited = 0
     for state in states:
         size = chunk * SECTOR
         offset = rng.randrange(8) * size
@@ -528,8 +515,7 @@ def test_a_cut_after_a_cut(folder, seed, case):
             ("flush", "snap0"),
             ("write", "snap0", rng.randrange(20) * size, size),
         ]
-        visited += visit(plan, folder, again[: rng.randrange(2, 5)], seed, 16, state)[0].visited
-    print(visited, "states")
+        visit(plan, folder, again[: rng.randrange(2, 5)], seed, 16, state)
 
 
 def random_program(rng: random.Random, plan: Plan, length: int) -> list[tuple[Any, ...]]:
@@ -565,7 +551,6 @@ def random_program(rng: random.Random, plan: Plan, length: int) -> list[tuple[An
 
 def test_states_of_long_random_programs(folder, seed):
     rng = random.Random(seed)
-    visited = 0
     for number in range(100 * LONG or 12):
         chunk = rng.choice((1, 1, 2, 4, 8))
         # Some of the stores are too small, others of more than one area.
@@ -577,6 +562,4 @@ def test_states_of_long_random_programs(folder, seed):
             preset=rng.randrange(4),
         )
         program = random_program(rng, plan, rng.randrange(5, 25))
-        cuts, _ = visit(plan, folder, program, seed + number, most=4)
-        visited += cuts.visited
-    print(visited, "states")
+        visit(plan, folder, program, seed + number, most=4)

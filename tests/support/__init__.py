@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ import numpy as np
 
 SECTOR = 512
 MASK = (1 << 64) - 1
+
+COUNTED: Counter[str] = Counter()
+"""What this run did, for the figures at its end."""
+
+
+def count(what: str, number: int = 1) -> None:
+    """Add to the figures at the end of the run."""
+    COUNTED[what] += number
 
 
 def _step(state: int) -> int:

@@ -17,6 +17,8 @@ from types import TracebackType
 
 import cow._core
 
+from . import count
+
 MEMORY = "malloc calloc realloc mmap"
 FOREVER = 1 << 40
 
@@ -40,6 +42,7 @@ class Fault:
         traceback: TracebackType | None,
     ) -> None:
         self.fired = self.library.faults_end() >= self.plan[1]
+        count("libc calls of the core made to fail", self.fired)
 
 
 class LibcFaults:
