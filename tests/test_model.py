@@ -594,7 +594,7 @@ def check(seed: int, folder: Path, durability: str, steps: int) -> None:
         return None
 
     count("random programs compared with the model")
-    count("operations in them", len(program))
+    count("operations of random programs compared with the model", len(program))
     if first := difference(program):
         least = shrink(
             program, lambda ops: (found := difference(ops)) is not None and found.kind == first.kind
