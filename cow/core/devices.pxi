@@ -562,7 +562,7 @@ cdef class FileDevice(BlockDevice):
         self.d.size = size
         self.d.file_size = file_size
         self.d.writable = writable
-        self.d.sparse = sparse
+        self.d.sparse = <uint32_t>sparse
         self.d.on_disk = fstatfs(fd, &status) == 0 and status.f_type != TMPFS_MAGIC
 
     def detach(self):

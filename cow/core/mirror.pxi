@@ -44,7 +44,7 @@ cdef int mirror_map_all(mirror *m, bio *b, uint64_t offset, uint64_t length) noe
             b.done = before.done
             return rc
         if rc == -EIO and b.op != DISCARD:
-            leg_fail(m, l, LEG_FLUSH if b.op == FLUSH else LEG_WRITE)
+            leg_fail(m, l, <uint32_t>(LEG_FLUSH if b.op == FLUSH else LEG_WRITE))
         if rc and (i == 0 or b.op == DISCARD):
             return rc
         if rc:
