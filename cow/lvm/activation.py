@@ -388,13 +388,15 @@ class _Plan:
             except CowOSError as error:
                 log.exception("%s is not resumed", self._names[uuid])
                 failed.append(error)
-        for family_ in self._old:
-            real = family_.real
-            if real is not None and real.uuid not in wanted and real.uuid in self._names:
-                try:
-                    self._mapper.remove(self._path(real.uuid))
-                except CowOSError as error:
-                    failed.append(error)
+        for found in self._old:
+            # What was split off keeps the layer of a store until its own tables are loaded anew.
+            for layer in (REAL, COW):
+                uuid = dm_uuid(found.lv.vg.id, found.lv.id, layer)
+                if uuid not in wanted and uuid in self._names:
+                    try:
+                        self._mapper.remove(self._path(uuid))
+                    except CowOSError as error:
+                        failed.append(error)
         return failed
 
     def revert(self) -> None:

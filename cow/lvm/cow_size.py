@@ -92,10 +92,15 @@ def cap_extended(
 
 
 def usage_percent(allocated: int, total: int, metadata: int) -> Fraction:
-    """Return how full a store is, in percent: 0 while it holds no exception."""
+    """Return how full a store is, in percent: 0 while it holds no exception.
+
+    In whole millionths, rounded down after a division of doubles, as LVM counts (dm_make_percent).
+    """
     if allocated == metadata:
         return Fraction(0)
-    return Fraction(100 * allocated, total) if total else Fraction(100)
+    if not total:
+        return Fraction(100)
+    return Fraction(int(100_000_000 * (allocated / total)), 1_000_000)
 
 
 def extend_percent(usage: Fraction, threshold: int, percent: int) -> int:

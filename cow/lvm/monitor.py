@@ -1,8 +1,8 @@
 """A thread that does what dmeventd and lvmpolld do: stores grow, merges are finished.
 
-It sleeps until something happens in the mapper (an event of a device, a new live table, the end of
-a merge) and never looks at the clock. A snapshot has an event when its store is as full as the
-threshold allows. (daemons/dmeventd/plugins/snapshot, lvmpolld)
+It sleeps until something happens in the mapper: an event of a device, a new live table, the end of
+a merge. It looks at the clock only while a command holds an image that it needs. A snapshot has an
+event when its store is as full as the threshold allows. (daemons/dmeventd/plugins/snapshot, lvmpolld)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from errno import EACCES, EBUSY
 from typing import Protocol
 
 from cow.errors import CowError, DeviceNotFound
@@ -24,6 +25,8 @@ from cow.mapper import DIRECTORY, Mapper
 
 log = logging.getLogger("cow.lvm")
 
+RETRY_MS = 1000
+"""How long to wait until an image that is in other hands is tried again."""
 STEP = 5
 """Percent between two tries to extend a store, and between two warnings."""
 WARN_FROM = 80
@@ -63,6 +66,8 @@ class Monitor:
         self._gate = mapper.gate
         self._opener = opener
         self._stopped = False
+        self._postponed = False
+        """Whether an image was in other hands, as those of a command that only looks."""
         self._said: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="cow-lvm-monitor", daemon=True)
 
@@ -93,7 +98,9 @@ class Monitor:
         seen = self._gate.event_nr
         while not self._stopped and self._look():
             while not self._stopped and self._gate.event_nr == seen:
-                self._gate.wait_event(seen, 3_600_000)
+                self._gate.wait_event(seen, RETRY_MS if self._postponed else 3_600_000)
+                if self._postponed:
+                    break
             seen = self._gate.event_nr
 
     def _look(self) -> bool:
@@ -101,6 +108,7 @@ class Monitor:
         mapper = self._mapper()
         if mapper is None or mapper.closed:
             return False
+        self._postponed = False
         try:
             with self._opener(mapper) as group, group.lock:
                 for lv in list(group.metadata.lvs):
@@ -108,6 +116,9 @@ class Monitor:
         except CowError as error:
             if mapper.closed or isinstance(error, DeviceNotFound):
                 return not mapper.closed
+            self._postponed = isinstance(error, OSError) and error.errno in (EACCES, EBUSY)
+            if self._postponed:
+                return True
             self._say_once(str(error))
         return True
 

@@ -1,0 +1,323 @@
+"""Random programs of lvm command lines, written with a small model of what exists.
+
+A step is one of
+
+    ["lvm", VERB, ARGS…]
+    ["w", LV, OFFSET, LENGTH, SEED]     write to the device of an LV of vg0
+    ["settle"]                          wait for merges that began in the background
+    ["look"]                            compare the reports
+
+The model is a guess: what it holds for possible may be refused, and now and then it asks for what
+it knows to be wrong.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+Step = list[Any]
+
+VG = "vg0"
+DISKS = {"disk1.img": 24, "disk2.img": 32, "disk3.img": 20}
+"""Sizes in MiB."""
+KIB = 1 << 10
+TAGS = ("blue", "red", "a/b", "x-1")
+
+
+@dataclass
+class Model:
+    """What an LV is, as the author believes."""
+
+    size: int
+    """Extents."""
+    origin: str = ""
+    sparse: bool = False
+    active: bool = True
+    writable: bool = True
+
+
+class Author:
+    """Writes steps; asked again, it goes on with what it wrote before."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.seed = seed
+        self.lvs: dict[str, Model] = {}
+        self.count = 0
+        self.extent = self.random.choice((64, 256, 1024))
+        """KiB."""
+        self.pvs = 1 if self.random.random() < 0.5 else 2
+        self.steps: list[Step] = []
+
+    def begin(self) -> list[Step]:
+        """Write the steps that make the VG."""
+        disks = list(DISKS)[: self.pvs]
+        if self.random.random() < 0.5:
+            self.lvm("pvcreate", *disks)
+        self.lvm("vgcreate", "-s", f"{self.extent}k", VG, *disks)
+        return self.taken()
+
+    def write(self, count: int, look: int = 8) -> list[Step]:
+        """Write `count` steps, with a look at the reports after each few."""
+        for number in range(count):
+            self.command()
+            if number % look == look - 1:
+                self.steps.append(["look"])
+        if self.steps[-1:] != [["look"]]:
+            self.steps.append(["look"])
+        return self.taken()
+
+    def taken(self) -> list[Step]:
+        steps, self.steps = self.steps, []
+        return steps
+
+    def lvm(self, *words: str) -> None:
+        self.steps.append(["lvm", *words])
+
+    # choices
+
+    def pick(self, *, origins: bool = False, snapshots: bool = False) -> str | None:
+        """Return an LV of some kind, or any."""
+        found = [
+            name
+            for name, lv in self.lvs.items()
+            if (not origins or (not lv.origin and not lv.sparse)) and (not snapshots or lv.origin)
+        ]
+        return self.random.choice(found) if found else None
+
+    def snapshots_of(self, name: str) -> list[str]:
+        return [each for each, lv in self.lvs.items() if lv.origin == name]
+
+    def new_name(self) -> str:
+        self.count += 1
+        return self.random.choice(("a", "b-b", "c_c", "d.d")) + str(self.count)
+
+    def command(self) -> None:
+        """Write one command or some writes."""
+        if self.random.random() < 0.08:
+            self.refused()
+            return
+        kinds = {
+            self.linear: 12 if len(self.lvs) < 6 else 3,
+            self.striped: 5,
+            self.snapshot: 16 if len(self.lvs) < 9 else 4,
+            self.sparse: 4,
+            self.data: 26,
+            self.rename: 6,
+            self.extend: 10,
+            self.permission: 4,
+            self.tags: 5,
+            self.activation: 8,
+            self.merge: 7,
+            self.split: 5,
+            self.attach: 5,
+            self.remove: 8,
+            self.vgck: 2,
+            self.vgextend: 3,
+        }
+        while True:
+            kind = self.random.choices(list(kinds), list(kinds.values()))[0]
+            before = len(self.steps)
+            kind()
+            if len(self.steps) > before:
+                return
+
+    # the verbs
+
+    def size_words(self, least: int, most: int) -> tuple[int, list[str]]:
+        """Return a number of extents and an option that asks for it."""
+        size = self.random.randint(least, most)
+        if self.random.random() < 0.5:
+            return size, ["-l", str(size)]
+        return size, ["-L", f"{size * self.extent}k"]
+
+    def many(self, kib: int) -> int:
+        """Return how many extents are that large, at least one."""
+        return max(1, kib // self.extent)
+
+    def linear(self) -> None:
+        name = self.new_name()
+        size, words = self.size_words(1, self.many(3072))
+        self.lvm("lvcreate", "-y", *words, "-n", name, VG)
+        self.lvs[name] = Model(size)
+
+    def striped(self) -> None:
+        if self.pvs < 2:
+            return
+        name = self.new_name()
+        size, words = self.size_words(2, self.many(4096) + 2)
+        stripe = self.random.choice((4, 8, 64))
+        self.lvm("lvcreate", "-y", "-i2", "-I", f"{stripe}k", *words, "-n", name, VG)
+        self.lvs[name] = Model(size)
+
+    def snapshot(self) -> None:
+        origin = self.pick(origins=True)
+        if origin is None:
+            return
+        name = self.new_name()
+        chunk = self.random.choice((None, 4, 4, 8, 16, 64))
+        words = [] if chunk is None else ["-c", f"{chunk}k"]
+        size = 1
+        match self.random.randrange(3):
+            case 0:
+                words += ["-l", f"{self.random.choice((10, 50, 100, 120))}%ORIGIN"]
+            case 1:
+                size, more = self.size_words(1, self.many(1024) + 2)
+                words += more
+            case _:
+                words += ["-L", f"{self.random.randint(50, 2000)}k"]
+        if self.random.random() < 0.2:
+            words += ["-p", "r"]
+        self.lvm("lvcreate", "-y", "-s", *words, "-n", name, f"{VG}/{origin}")
+        self.lvs[name] = Model(size, origin, writable="r" not in words)
+
+    def sparse(self) -> None:
+        name = self.new_name()
+        size, words = self.size_words(1, self.many(1024) + 1)
+        virtual = self.random.randint(1, 64)
+        self.lvm(
+            "lvcreate", "-y", "--type", "snapshot", "-V", f"{virtual}m", *words, "-n", name, VG
+        )
+        self.lvs[name] = Model(size, sparse=True)
+
+    def data(self) -> None:
+        """Write here and there; small, so that not every snapshot overflows."""
+        for _ in range(self.random.randint(1, 4)):
+            name = self.pick()
+            if name is None or not self.lvs[name].writable:
+                return
+            length = 4 * KIB * self.random.choice((1, 1, 2, 5, 16))
+            end = max(1, self.extent * self.lvs[name].size // 4 - length // (4 * KIB))
+            offset = 4 * KIB * self.random.randrange(end)
+            self.steps.append(["w", name, offset, length, self.random.randrange(1, 1 << 16)])
+
+    def rename(self) -> None:
+        name = self.pick()
+        if name is None:
+            return
+        new = self.new_name()
+        both = (VG, name, new) if self.random.random() < 0.3 else (f"{VG}/{name}", f"{VG}/{new}")
+        self.lvm("lvrename", *both)
+        self.lvs[new] = self.lvs.pop(name)
+        for lv in self.lvs.values():
+            lv.origin = new if lv.origin == name else lv.origin
+
+    def extend(self) -> None:
+        name = self.pick()
+        if name is None:
+            return
+        size = self.random.randint(1, self.many(1024))
+        words = ["-l", f"+{size}"]
+        if self.random.random() < 0.3:
+            words = ["-L", f"+{size * self.extent}k"]
+        elif self.random.random() < 0.2:
+            words = ["-l", f"+{self.random.choice((10, 50))}%LV"]
+        self.lvm("lvextend", *words, f"{VG}/{name}")
+        self.lvs[name].size += size
+
+    def permission(self) -> None:
+        name = self.pick()
+        if name is None:
+            return
+        lv = self.lvs[name]
+        lv.writable = not lv.writable
+        self.lvm("lvchange", "-prw" if lv.writable else "-pr", f"{VG}/{name}")
+
+    def tags(self) -> None:
+        name = self.pick()
+        if name is not None:
+            verb = self.random.choice(("--addtag", "--addtag", "--deltag"))
+            self.lvm("lvchange", verb, self.random.choice(TAGS), f"{VG}/{name}")
+
+    def activation(self) -> None:
+        name = self.pick(origins=True)
+        if name is None:
+            return
+        lv = self.lvs[name]
+        lv.active = not lv.active
+        self.lvm("lvchange", "-ay" if lv.active else "-an", f"{VG}/{name}")
+        if lv.active:
+            self.steps.append(["settle"])
+
+    def merge(self) -> None:
+        name = self.pick(snapshots=True)
+        if name is None:
+            return
+        self.lvm("lvconvert", "--merge", "-i", "0", f"{VG}/{name}")
+        del self.lvs[name]
+
+    def split(self) -> None:
+        name = self.pick(snapshots=True)
+        if name is not None:
+            self.lvm("lvconvert", "-y", "--splitsnapshot", f"{VG}/{name}")
+            self.lvs[name].origin = ""
+
+    def attach(self) -> None:
+        name, store = self.pick(origins=True), self.pick(origins=True)
+        if name is None or store in (None, name) or self.snapshots_of(store):
+            return
+        words = ["-Zn"] if self.random.random() < 0.3 else []
+        words += self.random.choice(([], ["-c", "4k"], ["-c", "32k"]))
+        self.lvm("lvconvert", "-y", "-s", *words, f"{VG}/{name}", f"{VG}/{store}")
+        self.lvs[store].origin = name
+
+    def remove(self) -> None:
+        name = self.pick()
+        if name is None:
+            return
+        self.lvm("lvremove", "-f" if self.random.random() < 0.5 else "-y", f"{VG}/{name}")
+        for each in [name, *self.snapshots_of(name)]:
+            del self.lvs[each]
+
+    def vgck(self) -> None:
+        self.lvm("vgck", *([VG] if self.random.random() < 0.5 else []))
+
+    def vgextend(self) -> None:
+        if self.pvs < len(DISKS):
+            self.lvm("vgextend", VG, list(DISKS)[self.pvs])
+            self.pvs += 1
+
+    # what is refused
+
+    def refused(self) -> None:
+        """Ask for something that is wrong, or likely to be."""
+        name = self.pick() or "none"
+        plain = self.pick(origins=True) or "none"
+        snapshot = self.pick(snapshots=True) or "none"
+        choices: list[tuple[str, ...]] = [
+            ("lvcreate", "-y", "-l", "1", "-n", name, VG),
+            ("lvcreate", "-y", "-L", "1t", "-n", "huge", VG),
+            ("lvcreate", "-y", "-l", "1", "-n", "bad name", VG),
+            ("lvcreate", "-y", "-l", "1", "-n", "x_vorigin", VG),
+            ("lvcreate", "-y", "-l", "1", "-n", "snapshot7", VG),
+            ("lvcreate", "-y", "-l", "1", "-i9", "-n", "wide", VG),
+            ("lvcreate", "-y", "-l", "0", "-n", "zero", VG),
+            ("lvcreate", "-y", "-s", "-l", "2", "-c", "3k", "-n", "odd", f"{VG}/{plain}"),
+            ("lvcreate", "-y", "-s", "-l", "2", "-c", "1m", "-n", "odd", f"{VG}/{plain}"),
+            ("lvcreate", "-y", "-s", "-l", "2", "-n", "odd", f"{VG}/{snapshot}"),
+            ("lvcreate", "-y", "-s", "-l", "2", "-n", "odd", f"{VG}/none"),
+            ("lvrename", f"{VG}/{name}", f"{VG}/{plain}"),
+            ("lvrename", f"{VG}/none", f"{VG}/more"),
+            ("lvrename", f"{VG}/{name}", f"{VG}/pvmove0"),
+            ("lvextend", "-l", "1", f"{VG}/{name}"),
+            ("lvextend", "-l", "+100000", f"{VG}/{name}"),
+            ("lvextend", "-L", "-4m", f"{VG}/{name}"),
+            ("lvchange", "--addtag", "b@d", f"{VG}/{name}"),
+            ("lvchange", "-pr", f"{VG}/none"),
+            ("lvchange", f"{VG}/{name}"),
+            ("lvconvert", "--merge", f"{VG}/{plain}"),
+            ("lvconvert", "-y", "--splitsnapshot", f"{VG}/{plain}"),
+            ("lvconvert", "-y", "-s", f"{VG}/{plain}", f"{VG}/{snapshot}"),
+            ("lvconvert", "-y", "-s", f"{VG}/{plain}", f"{VG}/{plain}"),
+            ("lvremove", "-y", f"{VG}/none"),
+            ("lvremove", f"{VG}/{name}/x"),
+            ("vgextend", VG, "disk1.img"),
+            ("vgextend", "none", "disk1.img"),
+            ("vgcreate", "other", "disk1.img"),
+            ("vgck", "none"),
+            ("pvcreate", "disk1.img"),
+            ("nosuchverb",),
+        ]
+        self.lvm(*self.random.choice(choices))
