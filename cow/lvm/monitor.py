@@ -2,7 +2,8 @@
 
 It sleeps until something happens in the mapper: an event of a device, a new live table, the end of
 a merge. It looks at the clock only while a command holds an image that it needs. A snapshot has an
-event when its store is as full as the threshold allows. (daemons/dmeventd/plugins/snapshot, lvmpolld)
+event when its store is as full as the threshold allows. (daemons/dmeventd/plugins/snapshot,
+lvmpolld)
 """
 
 from __future__ import annotations
