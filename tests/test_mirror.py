@@ -302,3 +302,8 @@ def test_a_discard_goes_to_every_leg(legs):
     m.discard(0, 1 << 19)
     expected = bytes(1 << 19) + stamp(1024, 1024, 1)
     assert legs.bytes_of("a") == legs.bytes_of("b") == expected
+
+
+def test_a_flush_passes_an_error_target(legs):
+    legs.create(HALF_BAD, "bad").flush()
+    legs.create("0 8 error", "worse").flush()

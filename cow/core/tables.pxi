@@ -155,7 +155,7 @@ cdef class Zero(TargetMap):
 
 @cython.final
 cdef class Error(TargetMap):
-    """Fails everything with EIO."""
+    """Fails everything but a flush with EIO."""
 
     def __init__(self, start, length):
         self.t.map = error_map

@@ -141,6 +141,8 @@ class Monitor:
                 f"WARNING: Snapshot {lv} changed state to: {usage.problem} and should be removed."
             )
             return
+        if _cannot_grow(lv):
+            return
         try:
             group.extend_by_policy(lv.name, threshold=self.threshold, percent=self.percent)
         finally:

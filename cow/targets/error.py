@@ -1,4 +1,4 @@
-"""error: every request fails with EIO."""
+"""error: every request but a flush fails with EIO."""
 
 from __future__ import annotations
 
