@@ -17,6 +17,7 @@ from cow import lvm
 from cow.lvm import snapshot_record
 from cow.lvm.allocation import PVRange
 from cow.lvm.check import problems
+from cow.lvm.command import Shell, run
 from cow.lvm.monitor import Monitor
 from cow.targets import snapshot_merge
 
@@ -723,3 +724,28 @@ def test_the_record_is_what_lvm_writes(vg):
     record = record[record.index("snapshot0 {") :]
     assert 'merging_store = "s"' in record
     assert "VISIBLE" not in record[: record.index("segment1")]
+
+
+def test_lvm_conf_makes_stores_of_served_snapshots_grow(tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "lvm.conf").write_text(
+        "activation { snapshot_autoextend_threshold = 70 snapshot_autoextend_percent = 20 }"
+    )
+    path = image(tmp_path / "pv.img", 131072)
+    with cow.Mapper(durability="process") as dm:
+
+        def command(line: str) -> None:
+            environ = {"LVM_SYSTEM_DIR": str(tmp_path / "etc"), "COW_LVM_DEVICES": path}
+            said: list[str] = []
+            shell = Shell(said.append, said.append, dm, environ=environ)
+            assert run(line.split(), shell) == 0, said
+
+        command(f"vgcreate -s 64k vg {path}")
+        command("lvcreate -y -l 16 -n org vg")
+        command("lvcreate -s -l 2 -n s vg/org")
+        with lvm.VolumeGroup.open([path], mapper=dm) as vg:
+            chunk = chunks_until(vg, 4, 0)
+            command("lvchange --monitor n vg/s")
+            while not dm.status("vg-s").endswith("Invalid"):
+                vg.device("org").pwrite(b"x" * CHUNK, chunk * CHUNK)
+                chunk += 1

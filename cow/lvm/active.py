@@ -324,6 +324,12 @@ class ActiveVolumeGroup(ABC):
 
     # Watching.
 
+    @property
+    def snapshots_live(self) -> bool:
+        """Whether a snapshot is active and may be written."""
+        stores = [lv for lv in self.metadata.lvs if lv.is_cow]
+        return not self.activation.readonly and any(map(self.activation.is_active, stores))
+
     def monitor(self, *, threshold: int = 100, percent: int = 20) -> Monitor:
         """Have a thread finish merges and extend stores that fill, until it is stopped.
 

@@ -74,8 +74,9 @@ class Monitor:
 
     def set_policy(self, threshold: int, percent: int) -> None:
         """Extend stores that are used by more than `threshold` percent; 100: never."""
-        self.threshold, self.percent = threshold, percent
-        self.wake()
+        if (threshold, percent) != (self.threshold, self.percent):
+            self.threshold, self.percent = threshold, percent
+            self.wake()
 
     def wake(self) -> None:
         """Look at everything now, in the thread."""

@@ -25,6 +25,7 @@ _LVS_VERBOSE = (
 _PVS = "pv_name,vg_name,pv_fmt,pv_attr,pv_size,pv_free"
 
 DEFAULTS: Final[dict[str, Scalar]] = {
+    "activation/monitoring": 1,
     "activation/polling_interval": 15,
     "activation/snapshot_autoextend_percent": 20,
     "activation/snapshot_autoextend_threshold": 100,

@@ -309,10 +309,22 @@ class Command:
             for vg in self._scan.vgs:
                 if self._seqnos.get(vg.id, vg.metadata.seqno) != vg.metadata.seqno:
                     self.back_up(vg)
+                self._monitor(vg)
             self._scan.close()
             self._scan = None
         if isinstance(self.mapper, RehearsalMapper):
             self.mapper.close()
+
+    def _monitor(self, vg: VolumeGroup) -> None:
+        """Have the stores of snapshots grow by themselves, where lvm.conf says so."""
+        threshold = self.settings.number("activation/snapshot_autoextend_threshold")
+        percent = self.settings.number("activation/snapshot_autoextend_percent")
+        if not self.activation or self.options.has("test", "ignoremonitoring"):
+            return
+        if self.options.get("monitor") is False:
+            vg.monitor(threshold=100)
+        elif threshold < 100 and self.settings.flag("activation/monitoring") and vg.snapshots_live:
+            vg.monitor(threshold=threshold, percent=percent)
 
     @property
     def live(self) -> Live:
