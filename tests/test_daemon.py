@@ -276,10 +276,11 @@ def test_an_export_says_which_module_it_lacks(monkeypatch):
         serve._export("cow.export.fuse", "FuseMount", mapper, "x")
 
 
-def test_a_device_that_cannot_be_flushed_at_the_end_is_told(daemon):
+def test_a_device_that_cannot_be_flushed_at_the_end_is_told(daemon, tmp_path):
     server = daemon()
+    (tmp_path / "bad.img").write_bytes(bytes(4096))
     with server.client() as client:
-        client.call("create", name="bad", table="0 8 error")
+        client.call("create", name="bad", table=f"0 8 flakey {tmp_path}/bad.img 0 0 60")
         client.call("create", name="good", table="0 8 zero")
     status, logged = server.stop()
     assert status == 0
