@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.lvm_session import RECORDS, Normal, Session, read_sessions  # noqa: E402
+from support.lvm_session import RECORDS, Normal, Session, make_disk, read_sessions  # noqa: E402
 
 from tests.kernel.uml import Kernel, missing, scratch  # noqa: E402
 
@@ -83,10 +83,9 @@ def placed(arg: str, disks: dict[str, str]) -> str:
 def record(kernel: Kernel, folder: Path, session: Session) -> Iterator[dict[str, Any]]:
     """Run a session and yield its lines for the file."""
     images = {}
-    for name, size in session.disks.items():
+    for name, what in session.disks.items():
         images[name.removesuffix(".img")] = folder / name
-        with open(folder / name, "wb") as file:
-            file.truncate(size << 20)
+        make_disk(folder / name, what)
     disks = {name: f"/dev/ubd{chr(ord('b') + slot)}" for slot, name in enumerate(session.disks)}
     kernel.run(images, [shell(START)], clean=False)
     yield {"session": session.name, "disks": session.disks}

@@ -12,12 +12,12 @@ from unittest import mock
 from cow.lvm.command import Shell, run
 from cow.mapper import Mapper
 from support import fill
-from support.lvm_session import RECORDS, Normal
+from support.lvm_session import RECORDS, Normal, make_disk
 
 
-def records(name: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Return the disks (MiB) and the lines of a recorded session."""
-    disks: dict[str, int] = {}
+def records(name: str) -> tuple[dict[str, int | str], list[dict[str, Any]]]:
+    """Return the disks and the lines of a recorded session."""
+    disks: dict[str, int | str] = {}
     lines: list[dict[str, Any]] = []
     found = False
     for text in RECORDS.read_text(encoding="utf-8").splitlines():
@@ -47,14 +47,13 @@ def _uname() -> os.uname_result:
 class Replay:
     """A machine of image files and one mapper, as the session had disks and a kernel."""
 
-    def __init__(self, folder: Path, disks: dict[str, int]) -> None:
+    def __init__(self, folder: Path, disks: dict[str, int | str]) -> None:
         self.folder = folder
         self.mapper = Mapper(durability="process")
         self.normal = Normal()
         self.opened: dict[str, Any] = {}
-        for name, size in disks.items():
-            with open(folder / name, "wb") as file:
-                file.truncate(size << 20)
+        for name, what in disks.items():
+            make_disk(folder / name, what)
         self.devices = ",".join(disks)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Sessions with lvm: the script of them, and what is the same in every run of one.
 
 tests/data/lvm_sessions.txt is a list of sessions, each behind a line `== NAME DISKS…` with the
-sizes of disk1.img, disk2.img, … in MiB. Then, one a line:
+sizes of disk1.img, disk2.img, … in MiB, or the sample disks (support/lvm.py) they are copies of.
+Then, one a line:
 
     VERB ARGS…              a command line of lvm; `< LINE…` at its end is what it reads from stdin
     !write DEVICE OFFSET LENGTH SEED
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.lvm import write_disk
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 SESSIONS = DATA / "lvm_sessions.txt"
 RECORDS = DATA / "lvm.jsonl"
@@ -43,8 +46,8 @@ class Session:
     """A list of steps on fresh disks."""
 
     name: str
-    disks: dict[str, int]
-    """Sizes in MiB."""
+    disks: dict[str, int | str]
+    """Sizes in MiB, or the names of samples."""
     steps: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -68,6 +71,15 @@ class Normal:
         return self._uuids.setdefault(match[0], f"uuid{number:02}-0000-0000-0000-0000-0000-000000")
 
 
+def make_disk(path: Path, what: int | str) -> None:
+    """Make an empty disk of so many MiB, or a copy of a sample."""
+    if isinstance(what, str):
+        write_disk(what, path)
+    else:
+        with open(path, "wb") as file:
+            file.truncate(what << 20)
+
+
 def read_sessions() -> Iterator[Session]:
     """Yield the sessions of the script."""
     session: Session | None = None
@@ -76,7 +88,10 @@ def read_sessions() -> Iterator[Session]:
             if session is not None:
                 yield session
             _, name, *sizes = line.split()
-            disks = {f"disk{n}.img": int(size) for n, size in enumerate(sizes, 1)}
+            disks: dict[str, int | str] = {
+                f"disk{n}.img": int(size) if size.isdigit() else size
+                for n, size in enumerate(sizes, 1)
+            }
             session = Session(name, disks)
         elif line.strip() and not line.startswith("#"):
             assert session is not None, line

@@ -1,27 +1,29 @@
 """LVM's command line: options, messages and exit codes of its verbs, on VGs in image files.
 
 `run` runs one command line. Nothing here touches sys.stdout, sys.stdin or the directory of the
-process: the same verbs run in `cow lvm` and inside `cow serve`.
+process: the same verbs run in `cow lvm` and inside `cow serve`. The engine is imported when a verb
+runs, so that help comes at once.
 """
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cow.errors import CowError, CowOSError
-from cow.lvm.command.command import FAILED, MISUSED, OK, TEST_MODE, Command, UsageError
-from cow.lvm.command.options import Options, ParseError, parse
+from cow.lvm.command.options import FAILED, MISUSED, OK, Options, ParseError, UsageError, parse
 from cow.lvm.command.shell import Shell
 from cow.lvm.command.verbs import Verb, find_verb, help_text, verb_help
 from cow.lvm.errors import RequestError
 from cow.lvm.settings import read_settings
 
+if TYPE_CHECKING:
+    from cow.lvm.command.command import Command
+
 __all__ = ["Shell", "run"]
 
-log = logging.getLogger("cow.lvm")
-
+TEST_MODE = "TEST MODE: Metadata will NOT be updated and volumes will not be (de)activated."
 NO_SUCH_COMMAND = 2
 
 
@@ -69,6 +71,8 @@ def _help(names: Sequence[str], shell: Shell) -> int:
 
 
 def _run_verb(verb: Verb, options: Options, args: list[str], shell: Shell, line: str) -> int:
+    from cow.lvm.command.command import Command
+
     warnings: list[str] = []
     try:
         settings = read_settings(options.get("config"), shell.environ, warnings.append)
@@ -105,11 +109,7 @@ def _check_args(verb: Verb, options: Options, args: Sequence[str]) -> None:
     if len(args) < verb.least and not (verb.selectable and options.has("select")):
         raise UsageError("")
     if most is not None and len(args) > most:
-        raise ParseArgs(f"Command does not accept argument: {args[most]}.")
-
-
-class ParseArgs(ParseError):
-    """There are more arguments than the verb takes."""
+        raise ParseError(f"Command does not accept argument: {args[most]}.")
 
 
 def _complain(shell: Shell, error: CowOSError, verb: Verb, command: Command | None = None) -> None:

@@ -49,13 +49,20 @@ def activate_vg(command: Command, vg: VolumeGroup, mode: str) -> None:
                 " volume(s)"
             )
             return
-    for lv in [lv for lv in vg.metadata.lvs if lv.visible and not lv.is_cow]:
+    for lv in [lv for lv in vg.metadata.lvs if lv.visible and not _goes_with_origin(lv)]:
         try:
             activate_lv(command, vg, lv, mode)
         except CowOSError as error:
             command.fail_with(error)
     active = sum(lv.visible and command.live.is_active(lv) for lv in vg.metadata.lvs)
     command.say(f'{active} logical volume(s) in volume group "{vg.name}" now active')
+
+
+def _goes_with_origin(lv: LogicalVolume) -> bool:
+    """Tell whether an LV is a snapshot of one that users see; a sparse LV is not."""
+    record = lv.snapshot
+    origin = record.segments[0].origin if record is not None else None
+    return origin is not None and not origin.is_virtual_origin
 
 
 def refresh(command: Command, vg: VolumeGroup, lvs: Sequence[LogicalVolume]) -> None:

@@ -7,11 +7,11 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from cow.errors import CowOSError
 from cow.lvm import group
-from cow.lvm.command.options import Options
+from cow.lvm.command.options import FAILED, OK, Options
 from cow.lvm.command.rehearsal import (
     RehearsalActivation,
     RehearsalMapper,
@@ -31,13 +31,6 @@ from cow.lvm.settings import Settings
 from cow.lvm.size import Units, display_size, parse_units
 from cow.mapper import DIRECTORY
 
-OK: Final = 0
-FAILED: Final = 5
-MISUSED: Final = 3
-
-TEST_MODE: Final = "TEST MODE: Metadata will NOT be updated and volumes will not be (de)activated."
-
-
 T = TypeVar("T")
 
 
@@ -47,12 +40,6 @@ class _Question(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
-
-
-class UsageError(LVMError):
-    """No form of the verb is written like this."""
-
-    exit_code = MISUSED
 
 
 class Command:
@@ -367,11 +354,14 @@ class Command:
         return text.removeprefix("/dev/").rstrip("/")
 
     def each_vg(self, names: Sequence[str]) -> Iterator[VolumeGroup]:
-        """Yield the VGs of names and @tags, all if there are none; what is not there fails."""
+        """Yield the VGs of names and @tags, all if there are none; what is not there fails.
+
+        LVM takes them in the reverse of the order in which it finds them.
+        """
         found: dict[str, VolumeGroup] = {}
         scan = self.scan()
         if not names:
-            found = {vg.id: vg for vg in scan.vgs}
+            found = {vg.id: vg for vg in reversed(scan.vgs)}
             for broken in scan.unreadable:
                 self.fail(f"Cannot process volume group {broken.name}")
         for name in names:
@@ -400,7 +390,7 @@ class Command:
         wanted: dict[str, tuple[VolumeGroup, list[str]]] = {}
         tags = [name[1:] for name in names if name.startswith("@")]
         if not names or tags:
-            wanted = {vg.id: (vg, []) for vg in scan.vgs}
+            wanted = {vg.id: (vg, []) for vg in reversed(scan.vgs)}
         if not names:
             for broken in scan.unreadable:
                 self.fail(f"Cannot process volume group {broken.name}")

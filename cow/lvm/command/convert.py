@@ -7,7 +7,8 @@ from functools import partial
 from typing import Final
 
 from cow.errors import CowOSError
-from cow.lvm.command.command import Command, UsageError
+from cow.lvm.command.command import Command
+from cow.lvm.command.options import UsageError
 from cow.lvm.cow_size import DEFAULT_CHUNK, check_chunk_size
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
 from cow.lvm.group import VolumeGroup

@@ -9,7 +9,8 @@ from typing import Any
 
 from cow.lvm.allocation import PVRange, allocatable_areas
 from cow.lvm.command import activate
-from cow.lvm.command.command import Command, UsageError
+from cow.lvm.command.command import Command
+from cow.lvm.command.options import UsageError
 from cow.lvm.cow_size import check_chunk_size, percent_of_origin
 from cow.lvm.create import LVOptions, new_lv_name
 from cow.lvm.errors import LVMError, RequestError

@@ -6,7 +6,8 @@ from functools import partial
 
 from cow.errors import CowOSError
 from cow.lvm.command import activate
-from cow.lvm.command.command import Command, UsageError
+from cow.lvm.command.command import Command
+from cow.lvm.command.options import UsageError
 from cow.lvm.errors import LVMError, RequestError
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume

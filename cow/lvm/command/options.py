@@ -24,10 +24,22 @@ COMMON: Final = (
 """The options of every verb."""
 
 
+OK: Final = 0
+MISUSED: Final = 3
+FAILED: Final = 5
+"""LVM's exit codes."""
+
+
 class ParseError(LVMError):
     """The command line was not understood."""
 
-    exit_code = 3
+    exit_code = MISUSED
+
+
+class UsageError(LVMError):
+    """No form of the verb is written like this."""
+
+    exit_code = MISUSED
 
 
 class Option(NamedTuple):

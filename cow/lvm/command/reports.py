@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from cow.lvm.command.command import FAILED, Command
+from cow.lvm.command.command import Command
+from cow.lvm.command.options import FAILED
 from cow.lvm.errors import LVMError
 from cow.lvm.group import VolumeGroup
 from cow.lvm.label_scan import PVDevice

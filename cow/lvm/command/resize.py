@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from cow.lvm.allocation import allocatable_areas
-from cow.lvm.command.command import Command, UsageError
+from cow.lvm.command.command import Command
 from cow.lvm.command.create import pv_ranges
-from cow.lvm.command.options import ParseError
+from cow.lvm.command.options import ParseError, UsageError
 from cow.lvm.cow_size import percent_of_origin
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
 from cow.lvm.group import VolumeGroup

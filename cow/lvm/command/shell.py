@@ -11,8 +11,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cow.mapper import DIRECTORY, Mapper
+if TYPE_CHECKING:
+    from cow.mapper import Mapper
+
+DIRECTORY = "/dev/mapper/"
 
 Write = Callable[[str], None]
 Ask = Callable[[str], str | None]

@@ -7,7 +7,8 @@ from functools import partial
 from cow.errors import CowOSError
 from cow.lvm import manage
 from cow.lvm.command import activate
-from cow.lvm.command.command import Command, UsageError, write_backup
+from cow.lvm.command.command import Command, write_backup
+from cow.lvm.command.options import UsageError
 from cow.lvm.command.pv import pv_options, read_text
 from cow.lvm.errors import LVMError, RequestError, VGNotFound
 from cow.lvm.group import VolumeGroup

@@ -102,15 +102,12 @@ def ancestors(lv: LogicalVolume) -> Iterator[LogicalVolume]:
 
 
 def descendants(lv: LogicalVolume) -> Iterator[LogicalVolume]:
-    """Yield the snapshots of an LV, and theirs."""
+    """Yield the snapshots of an LV that have a COW store, and theirs."""
     seen = {lv}
     left = [lv]
     while left:
         above = left.pop(0)
-        thin = [
-            each for each in lv.vg.lvs if first_type(each) == "thin" and origin_of(each) is above
-        ]
-        for below in cow_stores(above) + thin:
+        for below in cow_stores(above):
             if below not in seen:
                 seen.add(below)
                 left.append(below)
@@ -152,7 +149,8 @@ def layout(lv: LogicalVolume) -> list[str]:
 
 def role(lv: LogicalVolume) -> list[str]:
     """Return what an LV is there for: public or private, origin, snapshot …"""
-    found = ["public" if lv.visible or lv.is_cow else "private"]
+    public = (lv.visible and not is_pool(lv)) or lv.is_cow
+    found = ["public" if public else "private"]
     kind = first_type(lv)
     part = role_of_part(lv)
     if part:
@@ -163,19 +161,17 @@ def role(lv: LogicalVolume) -> list[str]:
         elif family:
             found.append("raid" if family.startswith("raid") else family)
         found.append(part)
+    thin = [e for e in lv.vg.lvs if first_type(e) == "thin" and origin_of(e) is lv]
+    if thin or lv.is_origin:
+        found.append("origin")
+    if thin:
+        found += ["thinorigin", *(["multithinorigin"] if len(thin) > 1 else [])]
     if lv.is_origin:
-        found += ["origin", "thickorigin"]
-        if len(lv.snapshots) > 1:
-            found.append("multithickorigin")
+        found += ["thickorigin", *(["multithickorigin"] if len(lv.snapshots) > 1 else [])]
     if lv.is_cow:
         found += ["snapshot", "thicksnapshot"]
-    if kind == "thin":
-        below = [e for e in lv.vg.lvs if first_type(e) == "thin" and origin_of(e) is lv]
-        if below:
-            found += [*(["origin"] if "origin" not in found else []), "thinorigin"]
-            found += ["multithinorigin"] if len(below) > 1 else []
-        if origin_of(lv) is not None:
-            found += ["snapshot", "thinsnapshot"]
+    if kind == "thin" and origin_of(lv) is not None:
+        found += ["snapshot", "thinsnapshot"]
     return found
 
 
@@ -184,8 +180,8 @@ def modules(lv: LogicalVolume) -> list[str]:
     found = ["snapshot"] if lv.is_origin or lv.is_cow else []
     for segment in lv.segments:
         if segment.type in VIRTUAL or segment.type in ("mirror", *THIN):
-            name = {"thin": "thin-pool"}.get(segment.type, segment.type)
-            found += [each for each in [segment.type, name] if each not in found]
+            names = ["thin", "thin-pool"] if segment.type == "thin" else [segment.type]
+            found += [each for each in names if each not in found]
         elif segment.type.startswith("raid") and "raid" not in found:
             found.append("raid")
     return found

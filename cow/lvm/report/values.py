@@ -110,7 +110,7 @@ def _health(row: Row) -> str:
 def _legs(segment: Segment) -> int:
     if segment.type in ("striped", "mirror"):
         return len(segment.areas)
-    if segment.type in VIRTUAL:
+    if segment.type in VIRTUAL or segment.type == "thin":
         return 0
     count = segment.extra.get("device_count") or segment.extra.get("stripe_count") or 1
     return count if isinstance(count, int) else 1
@@ -147,9 +147,10 @@ def _ranges(row: Row) -> list[str]:
     if segment is None:
         return []
     count = segment.area_extents
-    return [
+    found = [
         f"{_area_name(row, area)}:{area.start}-{area.start + count - 1}" for area in segment.areas
     ]
+    return found + [f"{name}:0-{count - 1}" for name in _parts(segment)]
 
 
 def _pe_ranges(row: Row) -> list[str]:
@@ -162,7 +163,7 @@ def _devices(row: Row) -> list[str]:
     if segment is None:
         return []
     found = [f"{_area_name(row, area)}({area.start})" for area in segment.areas]
-    return found + [f"{_hidden(row, name)}(0)" for name in _parts(segment)]
+    return found + [f"{name}(0)" for name in _parts(segment)]
 
 
 def _parts(segment: Segment) -> Iterator[str]:
@@ -178,9 +179,10 @@ def _parts(segment: Segment) -> Iterator[str]:
         yield origin
 
 
-def _hidden(row: Row, name: str) -> str:
-    lv = _lv(row).vg.find_lv(name)
-    return name if lv is None else lv.name
+def _discards(row: Row) -> str:
+    lv = _lv(row)
+    pool = lv if is_pool(lv) else named_lv(lv, "thin_pool")
+    return str(pool.segments[0].extra.get("discards", "")) if pool is not None else ""
 
 
 def _area_name(row: Row, area: Area) -> str:
@@ -193,8 +195,6 @@ def _metadata_devices(row: Row) -> list[str]:
         return []
     raids = segment.extra.get("raids")
     names = [str(each) for each in raids[::2]] if isinstance(raids, list) else []
-    if segment.type in ("thin-pool", "cache-pool") and (name := segment.extra.get("metadata")):
-        names.append(str(name))
     return [f"{name}(0)" for name in names]
 
 
@@ -216,7 +216,7 @@ VALUES: Final[dict[str, Values]] = {
     "lv_uuid": _of_lv(_uuid),
     "lv_name": lambda row: _name(row, row.lv),
     "lv_full_name": _of_lv(str),
-    "lv_path": _of_lv(lambda lv: f"/dev/{lv}" if lv.visible else ""),
+    "lv_path": _of_lv(lambda lv: f"/dev/{lv}" if lv.visible and not is_pool(lv) else ""),
     "lv_dm_path": _of_lv(lambda lv: f"/dev/mapper/{dm_name(lv.vg.name, lv.name)}"),
     "lv_parent": _of_lv(lambda lv: above.name if (above := parent(lv)) else ""),
     "lv_layout": _of_lv(layout, []),
@@ -301,7 +301,7 @@ VALUES: Final[dict[str, Values]] = {
         if row.segment is not None and row.segment.type == "thin-pool"
         else None
     ),
-    "discards": _of_segment(lambda segment: str(segment.extra.get("discards", "")), ""),
+    "discards": _discards,
     "cache_mode": _of_segment(lambda segment: str(segment.extra.get("cache_mode", "")), ""),
     "zero": lambda row: zeroes(row.lv) if row.lv and first_type(row.lv) in THIN else None,
     "transaction_id": _of_segment(lambda segment: _number(segment, "transaction_id")),
