@@ -208,12 +208,13 @@ class Command:
     def scan(self, *, readonly: bool = True, paths: Iterable[str] = ()) -> Scan:
         """Open the devices of the command, and those in `paths`, and find what is on them."""
         if self._scan is None:
-            named = [*self._given_devices(), *paths]
+            named = [*self._given_devices(there=True), *paths]
             self._shown = {self.shell.path(name): name for name in named}
             self._shown = {path: name for path, name in self._shown.items() if path != name}
             known = [] if self.options.has("devices") else self.shell.devices
+            known = [path for path in known if self._is_there(path)]
             everything = dict.fromkeys([*map(self.shell.path, named), *known])
-            if not everything:
+            if not everything and not self._given_devices():
                 raise RequestError(
                     "No devices are given: use --devices IMAGE[,IMAGE…] or COW_LVM_DEVICES."
                 )
@@ -221,18 +222,27 @@ class Command:
             self.remember(list(everything))
         return self._scan
 
-    def _given_devices(self) -> list[str]:
-        if self.options.has("devices"):
-            given: list[str] = self.options["devices"]
-            return given
-        return [each for each in self.shell.environ.get("COW_LVM_DEVICES", "").split(",") if each]
+    def _given_devices(self, *, there: bool = False) -> list[str]:
+        """Return what --devices or COW_LVM_DEVICES name; `there`: not what is not there."""
+        given: list[str] = self.options.get("devices", [])
+        if not self.options.has("devices"):
+            names = self.shell.environ.get("COW_LVM_DEVICES", "").split(",")
+            given = [name for name in names if name]
+        missing = [name for name in given if there and not self._is_there(name)]
+        for name in missing:
+            self.warn(f"Device not found for {name}.")
+        return [name for name in given if name not in missing]
+
+    def _is_there(self, name: str) -> bool:
+        path = self.shell.path(name)
+        return os.path.exists(path) or self.shell.is_device(path)
 
     def image(self, name: str) -> str:
         """Return the path of a device that is to become a PV, or to stop being one."""
         path = self.shell.path(name)
         if path != name:
             self._shown[path] = name
-        if not os.path.exists(path) and not self.shell.is_device(path):
+        if not self._is_there(name):
             raise LVMError(f"No device found for {name}.", errno.ENOENT)
         return path
 
@@ -241,7 +251,8 @@ class Command:
         known = [] if self.options.has("devices") else self.shell.devices
         given = [self.shell.path(name) for name in self._given_devices()]
         named = [self.shell.path(name) for name in names]
-        return [path for path in dict.fromkeys([*given, *known]) if path not in named]
+        found = [path for path in dict.fromkeys([*given, *known]) if path not in named]
+        return [path for path in found if self._is_there(path)]
 
     def remember(self, names: Sequence[str]) -> None:
         """Keep devices in mind for commands that are given none."""
@@ -454,8 +465,7 @@ class Command:
         """Return the names of devices that are there, and say of the others that they are not."""
         found = []
         for name in names:
-            path = self.shell.path(name)
-            if name.startswith("@") or os.path.exists(path) or self.shell.is_device(path):
+            if name.startswith("@") or self._is_there(name):
                 found.append(name)
             elif len(names) == 1:
                 self.fail(f"Cannot use {name}: device not found")

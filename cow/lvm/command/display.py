@@ -115,11 +115,10 @@ def _time(seconds: int | None) -> str:
 
 
 def _status(lv: LogicalVolume, device: LiveDevice | None) -> str:
-    if device is None:
-        return "NOT available"
-    if device.info.suspended:
+    if device is not None and device.info.suspended:
         return "suspended"
-    return "available (partial)" if is_partial(lv) else "available"
+    available = "NOT available" if device is None else "available"
+    return f"{available} (partial)" if is_partial(lv) else available
 
 
 def is_readable(command: Command, lv: LogicalVolume) -> bool:

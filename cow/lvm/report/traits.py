@@ -318,9 +318,11 @@ def zeroes(lv: LogicalVolume) -> bool:
 
 
 def is_partial(lv: LogicalVolume) -> bool:
-    """Tell whether a PV is missing somewhere below."""
+    """Tell whether a PV is missing somewhere below the LV, or below its origin or snapshots."""
     seen: set[LogicalVolume] = set()
-    left = [lv]
+    left = [lv, *cow_stores(lv)]
+    if (origin := origin_of(lv)) is not None and lv.is_cow:
+        left.append(origin)
     while left:
         each = left.pop()
         if each in seen:

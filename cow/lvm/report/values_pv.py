@@ -33,9 +33,7 @@ def pv_uuid(row: Row) -> str:
 
 def device_sectors(row: Row) -> int:
     """Return the size of the device below."""
-    if row.device is not None:
-        return sectors(row.device.device.size)
-    return row.pv.dev_size or 0 if row.pv is not None else 0
+    return sectors(row.device.device.size) if row.device is not None else 0
 
 
 def pv_sectors(row: Row) -> int:
