@@ -59,7 +59,8 @@ class Session:
             environ=environ,
             devices=self._devices,
             lock=self._lock,
-            background=lambda text: self._pending.append(("background", text)),
+            # First, so that the client has it when it shows what has begun.
+            background=lambda text: self._pending.insert(0, ("background", text)),
             flush=self._flush,
             alive=lambda: self._there and self._alive(),
         )
