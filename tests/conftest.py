@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,22 @@ def pytest_configure(config: pytest.Config) -> None:
     built = Path(cow._core.__file__)
     if PROFILE not in ("release", "coverage") and ROOT / "build" / PROFILE not in built.parents:
         raise pytest.UsageError(f"COW_BUILD={PROFILE}, but cow._core comes from {built}")
+    if preloaded := os.environ.pop("LD_PRELOAD", ""):
+        config.add_cleanup(preload_pythons(preloaded))
+
+
+def preload_pythons(libraries: str) -> Callable[[], None]:
+    """Let each Python that a test starts as `sys.executable` have libraries preloaded, nobody else.
+
+    A sanitizer's has to be loaded before our extension; in other programs it only does harm.
+    """
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\nLD_PRELOAD='{libraries}' exec '{sys.executable}' \"$@\"\n")
+    python.chmod(0o755)
+    sys.executable = str(python)
+    return lambda: shutil.rmtree(folder)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
