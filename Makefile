@@ -9,6 +9,9 @@ TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 THREADED := $(addprefix tests/test_,$(addsuffix .py,threads vectors lifecycle device_io model))
 FUZZ := $(patsubst fuzz/fuzz_%.py,%,$(wildcard fuzz/fuzz_*.py))
 FUZZ_SECONDS ?= 60
+FUZZER = PYTHONPATH='$(CURDIR)/build/fuzz/lib' \
+	LD_PRELOAD="$$PWD/build/fuzz/coverage.so $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 $(BIN)/python
 LIVE_SECONDS ?= 300
 # Per cent of the lines, of the core and of all else: less is an error of make coverage.
 COVERAGE ?= 97
@@ -16,7 +19,7 @@ LONG ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test test-kernel test-live crash power faults bench \
-	bench-peers bench-report lint format sdist debug asan tsan fuzz coverage clean
+	bench-peers bench-report lint format sdist debug asan tsan fuzz corpus coverage clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z -]*\):[^#]*## /\1\t/p' Makefile | expand -t 20
@@ -83,18 +86,18 @@ tsan: ## Test a build with the thread sanitizer (tests with threads, where ARGS 
 		$(BIN)/pytest --capture=sys $(or $(ARGS),$(THREADED))
 
 fuzz: ## Fuzz tables, stores and programs, FUZZ_SECONDS each; build/corpus has what is found
-	@COW_BUILD=$@ tools/setup fuzz
-	@$(CC) -O2 -shared -fPIC -o build/$@/coverage.so fuzz/coverage.c
+	@COW_BUILD=fuzz tools/setup fuzz
+	@$(CC) -O2 -shared -fPIC -o build/fuzz/coverage.so fuzz/coverage.c
 	@for name in $(FUZZ); do \
 		mkdir -p build/corpus/$$name; \
 		echo "fuzz: $$name, $(FUZZ_SECONDS) s"; \
-		PYTHONPATH='$(CURDIR)/build/$@/lib' \
-		LD_PRELOAD="$$PWD/build/$@/coverage.so $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
-		$(BIN)/python fuzz/main.py $$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+		$(FUZZER) fuzz/main.py $$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
 			-artifact_prefix=build/corpus/found-$$name- $(ARGS) build/corpus/$$name fuzz/corpus/$$name \
 			|| exit; \
 	done
+
+corpus: ## Choose what fuzz/corpus keeps of what make fuzz has found
+	@for name in $(FUZZ); do $(FUZZER) fuzz/pick.py $$name || exit; done
 
 coverage: ## Report the lines that no test runs, the extension's too (any Python but 3.12)
 	@COW_BUILD=$@ tools/setup dev

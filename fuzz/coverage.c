@@ -14,13 +14,14 @@
 #define SHIFT 17 /* ten times the edges that the extension has */
 #define COUNTERS (1u << SHIFT)
 
-static uint8_t counters[COUNTERS];
+uint8_t fuzz_counters[COUNTERS];
+const unsigned fuzz_nr_counters = COUNTERS;
 static uintptr_t places[2 * COUNTERS]; /* (address, flags) of each counter, as libFuzzer reads them */
 
 void __sanitizer_cov_trace_pc(void)
 {
 	uint64_t address = (uintptr_t)__builtin_return_address(0);
-	counters[address * 0x9E3779B97F4A7C15u >> (64 - SHIFT)]++;
+	fuzz_counters[address * 0x9E3779B97F4A7C15u >> (64 - SHIFT)]++;
 }
 
 #define FUNCTIONS(EACH)                                                        \
@@ -68,8 +69,8 @@ int fuzz_coverage_begin(const char *path)
 		return -1;
 	FUNCTIONS(FIND)
 	for (size_t i = 0; i < COUNTERS; i++)
-		places[2 * i] = (uintptr_t)&counters[i];
-	to_8bit_counters_init(counters, counters + COUNTERS);
+		places[2 * i] = (uintptr_t)&fuzz_counters[i];
+	to_8bit_counters_init(fuzz_counters, fuzz_counters + COUNTERS);
 	to_pcs_init(places, places + 2 * COUNTERS);
 	return 0;
 }

@@ -48,8 +48,14 @@ def preload_pythons(libraries: str) -> Callable[[], None]:
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     python = folder / "python"
-    python.write_text(f"#!/bin/sh\nLD_PRELOAD='{libraries}' exec '{sys.executable}' \"$@\"\n")
+    python.write_text(
+        f"#!/bin/sh\nPYTHONPATH='{folder}':$PYTHONPATH LD_PRELOAD='{libraries}' "
+        f"exec '{sys.executable}' \"$@\"\n"
+    )
     python.chmod(0o755)
+    (folder / "sitecustomize.py").write_text(
+        f"import os, sys\ndel os.environ['LD_PRELOAD']\nsys.executable = {str(python)!r}\n"
+    )
     sys.executable = str(python)
     return lambda: shutil.rmtree(folder)
 
