@@ -15,7 +15,6 @@ from .judge import Judge
 from .uml import KernelError, missing, scratch
 
 HERE = Path(__file__).parent
-JUDGE = pytest.StashKey[Judge]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many new random programs to compare with the kernel (default: %(default)s)",
     )
-
     parser.addoption(
         "--program",
         type=int,
@@ -40,16 +38,6 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"kernel: programs by author {version()}"
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
-) -> None:
-    """Say how much was compared."""
-    if judge := config.stash.get(JUDGE, None):
-        terminalreporter.section(f"compared with Linux {judge.release}")
-        for what, count in sorted(judge.figures.items()):
-            terminalreporter.write_line(f"{count:8} {what}")
-
-
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     """Leave this folder out of a run unless it, or something in it, is named."""
     named = [Path(config.invocation_params.dir, arg.split("::")[0]) for arg in config.args]
@@ -58,7 +46,7 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 
 @pytest.fixture(scope="session")
-def shared_judge(request: pytest.FixtureRequest):
+def shared_judge():
     """The kernel beside cow, booted once for all traces, in a folder that is gone afterwards."""
     if reason := missing():
         pytest.skip(f"no kernel to compare with: {reason}")
@@ -66,7 +54,6 @@ def shared_judge(request: pytest.FixtureRequest):
         judge = Judge(folder)
         try:
             judge.running()
-            request.config.stash[JUDGE] = judge
         except KernelError as error:
             pytest.skip(f"no kernel starts here: {error}")
         yield judge

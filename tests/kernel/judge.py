@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support import SECTOR, trace
+from support import SECTOR, count, trace
 from support.model import Nonsense
 from support.shrink import shrink
 
@@ -179,9 +178,7 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
-        self.figures: Counter[str] = Counter()
         self.kernel: Kernel | None = None
-        self.release = ""
 
     def running(self) -> Kernel:
         if self.kernel is not None and self.kernel.failed:
@@ -189,7 +186,6 @@ class Judge:
             self.kernel = None
         if self.kernel is None:
             self.kernel = Kernel(self.folder)
-            self.release = self.kernel.release
         return self.kernel
 
     def close(self) -> None:
@@ -227,8 +223,8 @@ class Judge:
         """Fail, with a shorter program, where kernel and cow do not agree."""
         first = self.difference(program, program.steps, durability)
         if first is None:
-            self.figures["programs compared"] += 1
-            self.figures["steps of programs"] += len(program.steps)
+            count("programs compared with the kernel")
+            count("steps of programs compared with the kernel", len(program.steps))
             return
 
         def fails(steps: list[Step]) -> bool:

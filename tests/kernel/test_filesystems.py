@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import count
 
 import cow
 
@@ -282,7 +283,7 @@ def test_cow_serves_what_the_kernel_wrote_until_its_plug_was_pulled(judge, seed,
         kernel.hear("@did 0")
         time.sleep(rng.random() * 0.5)
         kernel.kill()
-    judge.figures["plugs pulled while the kernel wrote"] += 1
+    count("plugs pulled while the kernel wrote")
 
     with cow.Mapper() as dm:
         ours = Ours(dm, images)

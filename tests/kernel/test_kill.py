@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support import count
 
 import cow
 
@@ -89,12 +90,12 @@ def allocated(before: Contents) -> int:
     return 2 + exceptions + exceptions // 32
 
 
-def note_cut(judge, whose: str, image: Path, before: Contents) -> None:
+def note_cut(whose: str, image: Path, before: Contents) -> None:
     """Note how far a merge had come when it was cut short."""
     records = cow.store.open(str(image)).nr_exceptions
     left = 2 + records + records // 32
     how = "over" if not records else "not begun" if left >= allocated(before) else "under way"
-    judge.figures[f"merges of {whose} cut short: {how}"] += 1
+    count(f"merges of {whose} cut short: {how}")
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])
@@ -112,7 +113,7 @@ def test_the_kernel_goes_on_where_cow_was_killed(judge, seed, number, durability
         time.sleep(rng.random() * 0.001)
         process.kill()
         done = max(map(acknowledged, process.stdout.readlines()), default=stop)
-    judge.figures["kills of cow while it wrote"] += 1
+    count("kills of cow while it wrote")
     with Theirs(judge.running(), images, judge.folder) as kernel:
         kernel.run(STACK)
         go_on(kernel, rng, check_views(kernel.views(), writes, done))
@@ -133,7 +134,7 @@ def test_cow_goes_on_where_the_kernel_was_killed(judge, seed, number):
     time.sleep(rng.random() * 0.001)
     kernel.kill()
     done = max([done, *map(acknowledged, kernel.heard())])
-    judge.figures["plugs pulled while the kernel wrote"] += 1
+    count("plugs pulled while the kernel wrote")
     with Ours(images) as ours:
         ours.run(STACK)
         go_on(ours, rng, check_views(ours.views(), writes, done))
@@ -149,7 +150,7 @@ def test_the_kernel_ends_a_merge_that_cow_was_killed_in(judge, seed, number):
     left = rng.randint(2, allocated(before))
     with victim(folder, images, writes, "process", left) as process:
         assert process.wait() == -signal.SIGKILL
-    note_cut(judge, "cow", images["c0"], before)
+    note_cut("cow", images["c0"], before)
     with Theirs(judge.running(), images, judge.folder) as kernel:
         kernel.run([*GO_ON_MERGING, MERGED])
         check_merged(kernel, before)
@@ -167,7 +168,7 @@ def test_cow_ends_a_merge_that_the_kernel_was_killed_in(judge, seed, number):
     kernel.start(images, [*STACK, ["work", kernel_writes(writes)], *MERGE, wait])
     kernel.hear("@merging")
     kernel.kill()
-    note_cut(judge, "the kernel", images["c0"], before)
+    note_cut("the kernel", images["c0"], before)
     with Ours(images) as ours:
         ours.run([*GO_ON_MERGING, MERGED])
         check_merged(ours, before)

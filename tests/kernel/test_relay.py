@@ -10,6 +10,7 @@ import random
 from collections import Counter
 
 import pytest
+from support import count
 
 from .author import Author
 from .programs import Program
@@ -46,8 +47,8 @@ def check(judge, seed: int) -> None:
             else:
                 assert judge.ask(turns, part) == expected, f"seed {seed}, part {number}"
         judge.compare_images(program, alone, turns)
-    for what, count in crossings(program).items():
-        judge.figures[f"stores of the other {what}"] += count
+    for what, number in crossings(program).items():
+        count(f"stores of the other {what}, each way", number)
 
 
 @pytest.mark.parametrize("number", FIXED)
@@ -81,4 +82,4 @@ def test_the_other_opens_continues_and_merges_a_store(judge, seed, direction, ch
         contents = apply(nothing_written(), writes)
         check_contents(side.views(), contents)
         go_on(side, rng, contents)
-    judge.figures["stores opened, continued and merged by the other"] += 1
+    count(f"stores opened, continued and merged, {direction}")
