@@ -305,15 +305,22 @@ class Author:
                 yield ["r", name, start * SECTOR, length * SECTOR]
 
     def discard(self) -> Iterator[Step]:
-        """Discard whole chunks, or a part of one: what starts amid a chunk ends with it."""
+        """Discard whole chunks, or a part of one: what starts amid a chunk ends with it.
+
+        A discard as long as a chunk that starts amid one zeroes another chunk, too, on all kernels.
+        """
         rng, targets = self.rng, self.guide.snapshots()
         names = self.open_names()
         targets = [t for t in targets if t.device.label in names and t.store.chunk]
+        able = [t for t in targets if t.features]
         if not targets:
             return
-        target = rng.choice(targets)
+        target = rng.choice(able if able and rng.random() < 0.8 else targets)
         chunk, sectors = target.store.chunk, target.device.size // SECTOR
         start = rng.randrange(sectors)
+        if target.exceptions and rng.random() < 0.5:
+            inside = rng.choice(list(target.exceptions)) * chunk + rng.randrange(chunk)
+            start = min(inside, sectors - 1)
         if rng.random() < 0.6:
             start = start // chunk * chunk
             length = min(sectors - start, chunk * rng.randint(1, 6) - rng.choice((0, 0, 1)))

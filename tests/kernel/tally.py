@@ -1,14 +1,18 @@
-"""What programs make happen: counted, so that no kind of event is left out unseen."""
+"""What programs make happen: counted, so that no kind of event is left out unseen.
+
+python -m kernel.tally [COUNT [FIRST]]        with tests/ on the PYTHONPATH: print the table
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from support.model import Merge, Snapshot
 
-from .author import FEATURES, LARGEST_CHUNKS
+from .author import FEATURES, LARGEST_CHUNKS, Author
 from .programs import Guide, Program, Step
 
 LETTERS = ("P", "PO", "N")
@@ -320,3 +324,15 @@ class Tally:
             f"{event:44}{self.times[event]:8}{self.within[event]:10}{self.followed[event]:10}"
             for event in EVENTS
         ]
+
+
+def main(count: int = 1000, first: int = 0) -> None:
+    tally = Tally()
+    for seed in range(first, first + count):
+        tally.watch(Author(seed).write())
+    print("\n".join(tally.lines()))
+    print(f"{tally.programs} programs, {tally.steps} steps")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
