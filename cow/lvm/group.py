@@ -36,7 +36,7 @@ from cow.lvm.mda import REPAIRABLE, MetadataArea
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.metadata_text import vg_from_text
 from cow.lvm.monitor import Opener
-from cow.lvm.names import check_vg_name
+from cow.lvm.names import check_vg_name, dashed_id
 from cow.lvm.pv import PVOptions, connect_pvs, device_hint, make_pvs, new_pv, set_used
 from cow.lvm.snapshots import SnapshottingVolumeGroup
 from cow.lvm.text import parse
@@ -103,10 +103,8 @@ def _pick(vgs: list[VolumeGroup], unreadable: list[FoundVG], name: str | None) -
             raise RequestError(f"Please name a volume group: there are {names}.")
         chosen, broken = vgs, unreadable
     else:
-        chosen = [vg for vg in vgs if name in (vg.name, vg.id)]
-        broken = [vg for vg in unreadable if name in (vg.name, vg.id)]
-        if not chosen and not broken and len(name) > len("-" * 6) + 31:
-            chosen = [vg for vg in vgs if vg.id == name.replace("-", "")]
+        chosen = [vg for vg in vgs if name in (vg.name, vg.id, dashed_id(vg.id))]
+        broken = [vg for vg in unreadable if name in (vg.name, vg.id, dashed_id(vg.id))]
     if len(chosen) > 1:
         raise LVMError(f"Multiple VGs found with the same name: skipping {name}")
     if chosen:
