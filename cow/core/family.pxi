@@ -45,17 +45,17 @@ cdef int family_commit(family *f, uint64_t sequence) noexcept nogil:
     """
     cdef uint64_t seen
     cdef int rc
-    cdef bint queued = False
+    if f.origin.gate.power and port_load64(&f.committed) < sequence:
+        port_event_raise(&f.arrivals)
     while port_load64(&f.committed) < sequence:
         seen = port_event_count(&f.commits)
         if pthread_mutex_trylock(&f.commit):
             if port_load64(&f.committed) < sequence:
                 port_event_wait(&f.commits, seen, WAIT_SLICE)
-            queued = True
             continue
         rc = 0
         if f.committed < sequence:
-            if queued and f.origin.gate.power and not f.in_commit:
+            if f.origin.gate.power and not f.in_commit:
                 family_gather(f)
             rc = family_commit_all(f)
         pthread_mutex_unlock(&f.commit)
@@ -69,8 +69,9 @@ cdef int family_commit_all(family *f) noexcept nogil:
     """Record and publish what is prepared. The commit mutex is held."""
     cdef snapshot *s
     cdef store *st
-    cdef uint64_t start = port_microseconds()
+    cdef uint64_t start = port_microseconds(), served = f.served
     cdef int i, rc = 0
+    f.served = port_event_count(&f.arrivals)
     if not f.in_commit:
         pthread_mutex_lock(&f.prepare)
         for i in range(f.nr_snapshots):
@@ -98,8 +99,9 @@ cdef int family_commit_all(family *f) noexcept nogil:
     port_write_unlock(&f.map)
     for i in range(f.nr_snapshots):
         f.snapshots[i].store.committing.count = 0
-    f.last_group = f.committing - f.committed
-    f.last_microseconds = port_microseconds() - start
+    f.last_end = port_microseconds()
+    f.last_microseconds = f.last_end - start
+    f.last_group = port_event_count(&f.arrivals) - served
     f.in_commit = False
     port_store64(&f.committed, f.committing)
     return 0
@@ -108,25 +110,20 @@ cdef int family_commit_all(family *f) noexcept nogil:
 cdef void family_gather(family *f) noexcept nogil:
     """Wait a moment for those of the last commit to come back, so that one commit serves all.
 
-    Whoever had to queue for the commit mutex is not alone. Without this, writers split into two
-    halves that wait for each other in turn. The wait ends when as many have come as were there,
-    and costs a quarter of a commit at most. The commit mutex is held.
+    Without this, writers split into groups that wait for each other in turn. The wait ends when as
+    many have come as were there, the last commit's and those who queued behind it; it costs a
+    quarter of a commit at most, and nothing where the last one was long ago. The commit mutex is
+    held.
     """
-    cdef uint64_t goal = port_load64(&f.prepared) + f.last_group, seen
-    cdef uint64_t now = port_microseconds(), end = now + f.last_microseconds / 4
-    port_store32(&f.gathering, 1)
+    cdef uint64_t now = port_microseconds(), end = now + f.last_microseconds / 4, seen
+    if now > f.last_end + f.last_microseconds:
+        return
     while now < end:
         seen = port_event_count(&f.arrivals)
-        if port_load64(&f.prepared) >= goal:
+        if seen - f.served >= f.last_group:
             break
         port_event_wait(&f.arrivals, seen, end - now)
         now = port_microseconds()
-    port_store32(&f.gathering, 0)
-
-
-cdef inline void family_announce(family *f, bint prepared) noexcept nogil:
-    if prepared and port_load32(&f.gathering):
-        port_event_raise(&f.arrivals)
 
 
 cdef uint64_t family_private(family *f, uint64_t offset, uint64_t length) noexcept nogil:
@@ -194,7 +191,6 @@ cdef int family_prepare(
         port_store64(&f.prepared, f.prepared + 1)
         rc = rc if rc else group_add(g, f)
     pthread_mutex_unlock(&f.prepare)
-    family_announce(f, waits)
     return rc
 
 
@@ -310,7 +306,6 @@ cdef int snapshot_prepare(snapshot *s, bio *b, uint64_t offset, uint64_t length)
         added = group_add(b.group, f)
         rc = rc if rc else added
     pthread_mutex_unlock(&f.prepare)
-    family_announce(f, waits)
     return rc
 
 

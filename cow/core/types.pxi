@@ -324,9 +324,10 @@ cdef struct family:
     uint64_t prepared               # sequence numbers; `prepared` written under the prepare mutex,
     uint64_t committing             # the others, and what follows, guarded by the commit mutex
     uint64_t committed
-    uint64_t last_group             # sequence numbers in the last commit, and how long it took
-    uint64_t last_microseconds
     port_event commits              # counted up after each
-    uint32_t gathering              # a commit waits for more to be prepared
-    port_event arrivals             # counted up then, for each that is
+    port_event arrivals             # counted up for each thread that needs one, with "power"
+    uint64_t served                 # arrivals when the last commit began
+    uint64_t last_group             # threads it was for, and those who queued behind it
+    uint64_t last_end               # microseconds, when it ended and how long it took
+    uint64_t last_microseconds
     bint in_commit                  # a commit was interrupted by a suspended device
