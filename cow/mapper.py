@@ -76,6 +76,7 @@ class Mapper:
         self.lock = threading.RLock()
         self._closed = False
         self._devices: dict[str, Device] = {}
+        self._by_uuid: dict[str, Device] = {}
         self.images = OpenImages(self.gate)
         self._finalizer = weakref.finalize(self, _shut_down, self._devices, self.images)
 
@@ -119,7 +120,7 @@ class Mapper:
         check_uuid(uuid)
         if name in self._devices:
             raise DeviceBusy(f"{name}: a device of that name exists")
-        if uuid and any(device.uuid == uuid for device in self._devices.values()):
+        if uuid in self._by_uuid:
             raise DeviceBusy(f"{name}: a device with uuid {uuid} exists")
         taken = {device.minor for device in self._devices.values()}
         if minor is None:
@@ -129,6 +130,8 @@ class Mapper:
         device = Device(self.gate, name, uuid or "", (MAJOR, minor))
         device.last_close = functools.partial(_remove_weakly, weakref.ref(self))
         self._devices[name] = device
+        if uuid:
+            self._by_uuid[uuid] = device
         if table is not None:
             try:
                 self._load(device, table, readonly)
@@ -229,9 +232,10 @@ class Mapper:
         check_uuid(uuid)
         if device.uuid:
             raise InvalidArgument(f"{name}: has the uuid {device.uuid} already")
-        if any(other.uuid == uuid for other in self._devices.values()):
+        if uuid in self._by_uuid:
             raise DeviceBusy(f"{name}: a device with uuid {uuid} exists")
         device.uuid = uuid
+        self._by_uuid[uuid] = device
         if device.live is not None:
             device.raise_event()
 
@@ -308,6 +312,17 @@ class Mapper:
         return sorted(self._devices, key=str.encode)
 
     ls = names
+
+    @_locked
+    def uuids(self) -> dict[str, str]:
+        """Return the names of the devices that have a uuid, by it."""
+        return {uuid: device.name for uuid, device in self._by_uuid.items()}
+
+    @_locked
+    def name_of(self, uuid: str) -> str | None:
+        """Return the name of the device with a uuid, None if there is none."""
+        device = self._by_uuid.get(uuid)
+        return device.name if device is not None else None
 
     @_locked
     def events(self, name: str) -> int:
@@ -474,6 +489,7 @@ class Mapper:
 
     def _remove(self, device: Device) -> None:
         del self._devices[device.name]
+        self._by_uuid.pop(device.uuid, None)
         device.remove()
 
     def _lines(

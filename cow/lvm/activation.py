@@ -53,12 +53,12 @@ class Activation:
 
     def names(self) -> dict[str, str]:
         """Return the dm name of every device of LVM's, by uuid."""
-        infos = [self.mapper.info(DIRECTORY + name) for name in self.mapper.names()]
-        return {info.uuid: info.name for info in infos if info.uuid.startswith("LVM-")}
+        found = self.mapper.uuids().items()
+        return {uuid: name for uuid, name in found if uuid.startswith("LVM-")}
 
     def name(self, lv: LogicalVolume, layer: str = "") -> str | None:
         """Return the dm name of an LV, or of a layer below it; None if there is no such device."""
-        return self.names().get(dm_uuid(lv.vg.id, lv.id, layer))
+        return self.mapper.name_of(dm_uuid(lv.vg.id, lv.id, layer))
 
     def is_active(self, lv: LogicalVolume) -> bool:
         """Tell whether an LV has a device."""
@@ -209,10 +209,11 @@ class Activation:
     def preload(self, old: VolumeGroupMetadata, new: VolumeGroupMetadata) -> None:
         """Load the tables of the new generation for every family that looks different in it."""
         self._plans = []
-        for before, after in self._changed(old, new):
-            plan = _Plan(self, before, after)
-            self._plans.append(plan)
-            plan.preload()
+        with old.looked_at(), new.looked_at():
+            for before, after in self._changed(old, new):
+                plan = _Plan(self, before, after)
+                self._plans.append(plan)
+                plan.preload()
 
     def suspend(self, old: VolumeGroupMetadata, new: VolumeGroupMetadata) -> None:
         """Suspend these families."""
@@ -239,14 +240,18 @@ class Activation:
     ) -> Iterable[tuple[list[Family], list[Family]]]:
         """Yield (families before, families after) for what is active and becomes different."""
         names = self.names()
+        old_holders, new_holders = (
+            {
+                lv.id: lv
+                for lv in holders(vg)
+                if dm_uuid(vg.id, lv.id) in names and why_not(lv) is None
+            }
+            for vg in (old, new)
+        )
         for ids in _groups(old, new):
             old_active, new_active = (
-                [
-                    lv
-                    for lv in holders(vg)
-                    if lv.id in ids and dm_uuid(vg.id, lv.id) in names and why_not(lv) is None
-                ]
-                for vg in (old, new)
+                [lv for lv_id, lv in found.items() if lv_id in ids]
+                for found in (old_holders, new_holders)
             )
             before = [self.live_family(lv) for lv in old_active]
             after = [self.family(lv) for lv in new_active]

@@ -93,7 +93,7 @@ class ActiveVolumeGroup(ABC):
         round. In a group opened read-only nothing is written, and a pending merge does not start.
         LVMError names what could not be activated, when all the rest is.
         """
-        with self.lock:
+        with self.lock, self.metadata.looked_at():
             if mapper is not None and mapper is not self.mapper:
                 self._move_to(mapper)
             failed = []
@@ -114,7 +114,7 @@ class ActiveVolumeGroup(ABC):
 
     def deactivate(self, lvs: Iterable[str] | None = None) -> None:
         """Remove the dm devices of LVs, of all of them if none is named; InUse if one is open."""
-        with self.lock:
+        with self.lock, self.metadata.looked_at():
             for lv in self._chosen(lvs):
                 self.activation.deactivate(lv)
 

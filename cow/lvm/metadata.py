@@ -7,6 +7,7 @@ written again where it stood; LVM itself drops it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -203,6 +204,8 @@ class LogicalVolume:
     @property
     def snapshot(self) -> LogicalVolume | None:
         """The snapshotN that has this LV as its COW store."""
+        if self.vg.ties is not None:
+            return self.vg.ties.by_cow.get(self)
         found = (each for each in self.vg.snapshot_records if each.segments[0].cow is self)
         return next(found, None)
 
@@ -214,6 +217,8 @@ class LogicalVolume:
     @property
     def snapshots(self) -> list[LogicalVolume]:
         """The snapshotN records that have this LV as origin."""
+        if self.vg.ties is not None:
+            return self.vg.ties.by_origin.get(self, [])
         return [each for each in self.vg.snapshot_records if each.segments[0].origin is self]
 
     @property
@@ -243,6 +248,8 @@ class LogicalVolume:
     @property
     def users(self) -> list[LogicalVolume]:
         """The LVs whose segments stand on this one or name it, snapshotN records among them."""
+        if self.vg.ties is not None:
+            return self.vg.ties.users.get(self, [])
         return [other for other in self.vg.lvs if other is not self and _names(other, self)]
 
     def __str__(self) -> str:
@@ -271,19 +278,25 @@ NOT_LV_KEYS: Final = ("cache_mode", "discards", "policy")
 def _names(user: LogicalVolume, used: LogicalVolume) -> bool:
     if any(lv is used for segment in user.segments for lv in segment_lvs(segment)):
         return True
-    return any(
-        _names_in(segment.extra, used.name) for segment in user.segments if not segment.runnable
-    )
+    return used.name in _named_by(user)
 
 
-def _names_in(section: Section, name: str) -> bool:
+def _named_by(user: LogicalVolume) -> set[object]:
+    """Return the names in the segments that are known by their text alone."""
+    return {
+        value
+        for segment in user.segments
+        if not segment.runnable
+        for value in _values_in(segment.extra)
+    }
+
+
+def _values_in(section: Section) -> Iterator[object]:
     for key, value in section.items():
         if isinstance(value, Section):
-            if _names_in(value, name):
-                return True
-        elif key not in NOT_LV_KEYS and name in (value if isinstance(value, list) else [value]):
-            return True
-    return False
+            yield from _values_in(value)
+        elif key not in NOT_LV_KEYS:
+            yield from value if isinstance(value, list) else [value]
 
 
 def segment_lvs(segment: Segment) -> Iterator[LogicalVolume]:
@@ -294,6 +307,15 @@ def segment_lvs(segment: Segment) -> Iterator[LogicalVolume]:
     for lv in (segment.mirror_log, segment.origin, segment.cow):
         if lv is not None:
             yield lv
+
+
+@dataclass(frozen=True)
+class Ties:
+    """What ties the LVs of a VG together, found once: see VolumeGroupMetadata.looked_at()."""
+
+    by_cow: dict[LogicalVolume, LogicalVolume]
+    by_origin: dict[LogicalVolume, list[LogicalVolume]]
+    users: dict[LogicalVolume, list[LogicalVolume]]
 
 
 @dataclass(eq=False, repr=False)
@@ -322,6 +344,32 @@ class VolumeGroupMetadata:
     extra: Section = field(default_factory=Section)
     header: Section = field(default_factory=Section)
     """The scalars beside the VG: contents, version, description, creation_host, creation_time."""
+    ties: Ties | None = None
+    """Kept while many LVs are looked at and none is changed."""
+
+    @contextlib.contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Find once what ties the LVs together, for those who look at many and change none.
+
+        Otherwise each look goes through all LVs, and a look at each of them takes the square.
+        """
+        before = self.ties
+        self.ties = before or Ties(self.records_by_cow(), self.records_by_origin(), self._users())
+        try:
+            yield
+        finally:
+            self.ties = before
+
+    def _users(self) -> dict[LogicalVolume, list[LogicalVolume]]:
+        by_name = {lv.name: lv for lv in self.lvs}
+        users: dict[LogicalVolume, list[LogicalVolume]] = {}
+        for user in self.lvs:
+            used = [lv for segment in user.segments for lv in segment_lvs(segment)]
+            used += [by_name[name] for name in _named_by(user) if name in by_name]
+            for lv in dict.fromkeys(used):
+                if lv is not user:
+                    users.setdefault(lv, []).append(user)
+        return users
 
     @property
     def snapshot_records(self) -> list[LogicalVolume]:
@@ -412,6 +460,7 @@ class VolumeGroupMetadata:
             **_copied(self, "status", "flags", "tags", "extra", "header"),
             pvs=[_copy_pv(pv) for pv in self.pvs],
             lvs=[],
+            ties=None,
         )
         new.lvs = [replace(lv, vg=new, **_copied(lv, *_LV_LISTS), segments=[]) for lv in self.lvs]
         other: dict[int, Any] = {id(pv): copy for pv, copy in zip(self.pvs, new.pvs, strict=True)}

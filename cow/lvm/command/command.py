@@ -425,19 +425,20 @@ class Command:
             everything = vg.id in whole or any(tag in vg.metadata.tags for tag in tags)
             lvs = []
             missing = dict.fromkeys(lv_names)
-            for lv in vg.metadata.lvs:
-                if lv.is_snapshot_record:
-                    continue
-                if lv.name in missing and (hidden or not lv.is_virtual_origin):
-                    del missing[lv.name]
-                    lvs.append(lv)
-                elif lv.name in missing:
-                    self.say(f"Ignoring virtual origin logical volume {lv}.")
-                elif (lv.visible or hidden) and (everything or any(t in lv.tags for t in tags)):
-                    lvs.append(lv)
-            if matches is not None:
-                row = Row(self.live)
-                lvs = [lv for lv in lvs if any(map(matches, lv_rows(row, [lv], segments=True)))]
+            with vg.metadata.looked_at():
+                for lv in vg.metadata.lvs:
+                    if lv.is_snapshot_record:
+                        continue
+                    if lv.name in missing and (hidden or not lv.is_virtual_origin):
+                        del missing[lv.name]
+                        lvs.append(lv)
+                    elif lv.name in missing:
+                        self.say(f"Ignoring virtual origin logical volume {lv}.")
+                    elif (lv.visible or hidden) and (everything or any(t in lv.tags for t in tags)):
+                        lvs.append(lv)
+                if matches is not None:
+                    row = Row(self.live)
+                    lvs = [lv for lv in lvs if any(map(matches, lv_rows(row, [lv], segments=True)))]
             yield vg, lvs
             for name in missing:
                 self.fail(f'Failed to find logical volume "{vg.name}/{name}"')

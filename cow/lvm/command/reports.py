@@ -217,20 +217,24 @@ class _Reporter:
     def _lv_rows(self, groups: set[str]) -> Iterator[Iterator[Row]]:
         segments = self._kind is SEGMENTS or "seg" in groups
         hidden = self._options.has("all")
-        for _, found in _each_lv(self._command, hidden):
-            yield lv_rows(self._base(), found, segments=segments)
+        for vg, found in _each_lv(self._command, hidden):
+            with vg.metadata.looked_at():
+                yield lv_rows(self._base(), found, segments=segments)
 
     def _vg_rows(self, groups: set[str]) -> Iterator[Iterator[Row]]:
         for vg in _each_vg(self._command):
-            base = Row(self._command.live, vg=vg.metadata, show_hidden=self._mark_hidden)
-            if groups & {"pv", "pvseg"}:
-                for row in vg_pvs(self._command, base, vg):
-                    yield pv_rows(row, pieces="pvseg" in groups)
-            elif groups & {"lv", "seg"}:
-                found = [lv for lv in vg.metadata.lvs if lv.visible]
-                yield lv_rows(base, found, segments="seg" in groups)
-            else:
-                yield iter([base])
+            with vg.metadata.looked_at():
+                yield from self._rows_of_vg(vg, groups)
+
+    def _rows_of_vg(self, vg: VolumeGroup, groups: set[str]) -> Iterator[Iterator[Row]]:
+        base = Row(self._command.live, vg=vg.metadata, show_hidden=self._mark_hidden)
+        if groups & {"pv", "pvseg"}:
+            for row in vg_pvs(self._command, base, vg):
+                yield pv_rows(row, pieces="pvseg" in groups)
+        elif groups & {"lv", "seg"}:
+            yield lv_rows(base, vg.metadata.visible_lvs(), segments="seg" in groups)
+        else:
+            yield iter([base])
 
 
 def _each_lv(command: Command, hidden: bool) -> Iterator[tuple[VolumeGroup, list[LogicalVolume]]]:
