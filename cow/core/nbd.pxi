@@ -12,7 +12,10 @@ cdef extern from "port.h" nogil:
 cdef extern from "<sys/socket.h>" nogil:
     int64_t recv(int fd, void *data, size_t size, int flags)
     int64_t send(int fd, const void *data, size_t size, int flags)
-    enum: MSG_NOSIGNAL
+    enum: MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 cdef extern from "<fcntl.h>" nogil:
     int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
@@ -45,6 +48,8 @@ cdef enum:
     NBD_REPLY_ERROR = 32769
     NBD_STATE_HOLE_ZERO = 3
     NBD_STATUS_EXTENTS = 1 << 12    # most extents in one reply
+    NBD_PATIENCE = 50               # microseconds a request is looked for without sleeping
+    NBD_BLIND_MOST = 1 << 10        # waits in a row that sleep at once
 
 cdef struct nbd_buffer:
     uint8_t *data
@@ -59,6 +64,8 @@ cdef struct nbd_connection:
     uint32_t context                # id of base:allocation, 0: not negotiated
     uint32_t stopping
     uint64_t prepared               # so many of the next requests are writes prepared already
+    uint32_t blind                  # so many of the next waits sleep at once
+    uint32_t blind_next             # as many the next time that looking was in vain
     nbd_buffer received
     nbd_buffer replies
 
@@ -106,6 +113,32 @@ cdef int nbd_send(nbd_connection *c) noexcept nogil:
     return 0
 
 
+cdef int64_t nbd_recv(nbd_connection *c, uint8_t *data, size_t size) noexcept nogil:
+    """recv(2), but look a while before sleeping: waking up costs both sides more than that.
+
+    Whoever else wants the core gets it at once. Where looking was in vain lately, ever more waits
+    sleep without it.
+    """
+    cdef uint64_t start
+    cdef int64_t n
+    if c.blind:
+        c.blind -= 1
+        return recv(c.fd, data, size, 0)
+    n = recv(c.fd, data, size, MSG_DONTWAIT)
+    if n >= 0 or errno != EAGAIN:
+        return n
+    start = port_microseconds()
+    while port_microseconds() - start < NBD_PATIENCE:
+        sched_yield()
+        n = recv(c.fd, data, size, MSG_DONTWAIT)
+        if n >= 0 or errno != EAGAIN:
+            c.blind_next >>= 1
+            return n
+    c.blind_next = min(2 * c.blind_next + 1, <uint32_t>NBD_BLIND_MOST)
+    c.blind = c.blind_next
+    return recv(c.fd, data, size, 0)
+
+
 cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
     """Have `size` bytes in the buffer; 1 if the client has gone. Replies go out before a wait."""
     cdef nbd_buffer *b = &c.received
@@ -117,7 +150,7 @@ cdef int nbd_receive(nbd_connection *c, size_t size) noexcept nogil:
     if rc == 0:
         rc = nbd_room(b, size - (b.end - b.start))
     while rc == 0 and b.end - b.start < size:
-        n = recv(c.fd, b.data + b.end, b.capacity - b.end, 0)
+        n = nbd_recv(c, b.data + b.end, b.capacity - b.end)
         if n == 0:
             return 1
         if n > 0:
