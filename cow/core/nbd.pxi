@@ -2,8 +2,9 @@
 #
 # One thread a connection. Requests are taken from a buffer as large as what has arrived, and
 # replies collected in another; it is sent when nothing complete is left to answer, so a client that
-# keeps many requests in flight costs two system calls for all of them. The numbers are those of the
-# protocol's description (proto.md of the NetworkBlockDevice project), all of them big-endian.
+# keeps many requests in flight costs two system calls for all of them. A long write is done in
+# pieces, while the rest of it still comes. The numbers are those of the protocol's description
+# (proto.md of the NetworkBlockDevice project), all of them big-endian.
 
 cdef extern from "port.h" nogil:
     uint64_t port_get_be(const uint8_t *p, int size)
@@ -27,7 +28,8 @@ cdef enum:
     NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef
     NBD_REQUEST_SIZE = 28
     NBD_MAX_PAYLOAD = 1 << 25
-    NBD_BUFFER = 1 << 18            # both buffers, at first; replies are sent when they reach it
+    NBD_BUFFER = 1 << 19            # both buffers, at first
+    NBD_PIECE = 1 << 17             # of a long write; replies are sent when they reach it
     NBD_READ = 0
     NBD_WRITE = 1
     NBD_DISC = 2
@@ -319,22 +321,29 @@ cdef int emit_cache(bio *b, device *image, uint64_t offset, uint64_t length) noe
     return 0
 
 
+cdef int nbd_refuse(nbd_connection *c, nbd_request *r) noexcept nogil:
+    """Return the error of a request that cannot be done, 0 for any other."""
+    cdef uint64_t size = c.dev.size
+    if not nbd_flags_known(c, r):
+        return -EINVAL
+    if r.type != NBD_FLUSH and (r.length > size or r.offset > size - r.length):
+        return -ENOSPC if r.type in (NBD_WRITE, NBD_WRITE_ZEROES) else -EINVAL
+    if r.type in (NBD_WRITE, NBD_WRITE_ZEROES, NBD_TRIM) and not c.dev.writable:
+        return -EPERM
+    if r.type == NBD_READ and r.length > NBD_MAX_PAYLOAD:
+        return -EINVAL
+    return 0
+
+
 cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept nogil:
     """Do one request and append its reply."""
     cdef operation o
-    cdef uint64_t size = c.dev.size
-    cdef int rc = 0
+    cdef int rc = nbd_refuse(c, r)
     memset(&o, 0, sizeof(o))
     o.offset = r.offset
     o.length = r.length
-    if not nbd_flags_known(c, r):
-        rc = -EINVAL
-    elif r.type != NBD_FLUSH and (r.length > size or r.offset > size - r.length):
-        rc = -ENOSPC if r.type in (NBD_WRITE, NBD_WRITE_ZEROES) else -EINVAL
-    elif r.type in (NBD_WRITE, NBD_WRITE_ZEROES, NBD_TRIM) and not c.dev.writable:
-        rc = -EPERM
-    elif r.type == NBD_READ and r.length > NBD_MAX_PAYLOAD:
-        rc = -EINVAL
+    if rc:
+        pass
     elif r.type == NBD_READ and r.length:
         return nbd_read(c, r)
     elif r.type == NBD_BLOCK_STATUS and c.context and r.length:
@@ -356,6 +365,40 @@ cdef int nbd_answer(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept n
         rc = nbd_perform(c, &o) if r.length else 0
     elif r.type != NBD_READ:
         rc = -EINVAL
+    return nbd_put_reply(c, r, NBD_REPLY_NONE, 0, rc)
+
+
+cdef void nbd_pass(nbd_connection *c, size_t size) noexcept nogil:
+    """Be done with so many bytes received."""
+    c.received.start += size
+    if c.received.start == c.received.end:
+        c.received.start = 0
+        c.received.end = 0
+
+
+cdef inline uint64_t nbd_piece(uint64_t offset, uint64_t length) noexcept nogil:
+    """Return the length of the first piece of a range: up to a multiple of NBD_PIECE.
+
+    So no chunk up to that size is cut in two.
+    """
+    return min(length, NBD_PIECE - (offset & (NBD_PIECE - 1)))
+
+
+cdef int nbd_write_pieces(nbd_connection *c, nbd_request *r) noexcept nogil:
+    """WRITE while the data still comes; 1 if the client has gone. An error is answered at the end."""
+    cdef nbd_request piece = r[0]
+    cdef uint64_t end = r.offset + r.length
+    cdef int received, rc = nbd_refuse(c, r)
+    while piece.offset < end:
+        piece.length = nbd_piece(piece.offset, end - piece.offset)
+        piece.flags = r.flags if piece.offset + piece.length == end else 0
+        received = nbd_receive(c, piece.length)
+        if received:
+            return received
+        if rc == 0:
+            rc = nbd_write(c, &piece, c.received.data + c.received.start)
+        nbd_pass(c, piece.length)
+        piece.offset += piece.length
     return nbd_put_reply(c, r, NBD_REPLY_NONE, 0, rc)
 
 
@@ -415,6 +458,13 @@ cdef int nbd_serve(nbd_connection *c) noexcept nogil:
         if not sound or payload > NBD_MAX_PAYLOAD or r.type == NBD_DISC:
             rc = nbd_send(c)
             return rc if r.type == NBD_DISC and sound else -EINVAL
+        if payload > 2 * NBD_PIECE and not c.prepared and not (
+                c.dev.nr_locks and c.dev.gate.power):
+            nbd_pass(c, NBD_REQUEST_SIZE)
+            rc = nbd_write_pieces(c, &r)
+            if rc:
+                return 0 if rc == 1 else rc
+            continue
         rc = nbd_receive(c, NBD_REQUEST_SIZE + payload)
         if rc:
             return 0 if rc == 1 else rc
@@ -424,11 +474,8 @@ cdef int nbd_serve(nbd_connection *c) noexcept nogil:
             c.prepared -= 1
         p = c.received.data + c.received.start + NBD_REQUEST_SIZE
         rc = nbd_answer(c, &r, p if r.type == NBD_WRITE else NULL)
-        c.received.start += NBD_REQUEST_SIZE + payload
-        if c.received.start == c.received.end:
-            c.received.start = 0
-            c.received.end = 0
-        if rc == 0 and c.replies.end >= NBD_BUFFER:
+        nbd_pass(c, NBD_REQUEST_SIZE + payload)
+        if rc == 0 and c.replies.end >= NBD_PIECE:
             rc = nbd_send(c)
         if rc:
             return rc
