@@ -52,6 +52,7 @@ cdef enum:
     NBD_STATUS_EXTENTS = 1 << 12    # most extents in one reply
     NBD_PATIENCE = 50               # microseconds a request is looked for without sleeping
     NBD_BLIND_MOST = 1 << 10        # waits in a row that sleep at once
+    NBD_BATCH = 64                  # most writes prepared together
 
 cdef struct nbd_buffer:
     uint8_t *data
@@ -66,6 +67,7 @@ cdef struct nbd_connection:
     uint32_t context                # id of base:allocation, 0: not negotiated
     uint32_t stopping
     uint64_t prepared               # so many of the next requests are writes prepared already
+    uint64_t placed                 # a bit for each of them: its data is in fresh chunks
     uint32_t blind                  # so many of the next waits sleep at once
     uint32_t blind_next             # as many the next time that looking was in vain
     nbd_buffer received
@@ -77,6 +79,7 @@ cdef struct nbd_request:
     uint64_t cookie
     uint64_t offset
     uint64_t length
+    bint placed                     # it is a write whose data is in fresh chunks already
 
 
 cdef int nbd_room(nbd_buffer *b, size_t size) noexcept nogil:
@@ -274,7 +277,7 @@ cdef int nbd_write(nbd_connection *c, nbd_request *r, uint8_t *data) noexcept no
         o.op = OP_DISCARD           # a hole reads as zeros, and costs nothing
     elif r.flags & NBD_FAST_ZERO:
         return -EOPNOTSUPP
-    rc = nbd_perform(c, &o) if r.length else 0
+    rc = nbd_perform(c, &o) if r.length and not r.placed else 0
     if rc == 0 and r.flags & NBD_FUA:
         o.op = OP_FLUSH
         rc = nbd_perform(c, &o)
@@ -410,24 +413,26 @@ cdef bint nbd_parse(nbd_buffer *b, size_t at, nbd_request *r) noexcept nogil:
     r.cookie = port_get_be(p + 8, 8)
     r.offset = port_get_be(p + 16, 8)
     r.length = port_get_be(p + 24, 4)
+    r.placed = False
     return port_get_be(p, 4) == NBD_REQUEST_MAGIC
 
 
-cdef uint64_t nbd_prepare(nbd_connection *c) noexcept nogil:
+cdef void nbd_prepare(nbd_connection *c) noexcept nogil:
     """Prepare the writes that have arrived, and commit them together: one pair of barriers for all.
 
-    Each is answered by itself afterwards; whatever went wrong here shows then. Return how many.
+    Each is answered by itself afterwards; whatever went wrong here shows then.
     """
     cdef nbd_buffer *b = &c.received
     cdef nbd_request r
     cdef commit_group group
     cdef bio preparing
     cdef size_t at = b.start
-    cdef uint64_t count = 0
+    cdef uint64_t count = 0, placed = 0
+    cdef int rc
     group.count = 0
     port_read_lock(&c.dev.gate.lock)
-    while b.end - at >= NBD_REQUEST_SIZE and nbd_parse(b, at, &r) and r.type == NBD_WRITE:
-        if r.length > b.end - at - NBD_REQUEST_SIZE or r.length == 0:
+    while count < NBD_BATCH and b.end - at >= NBD_REQUEST_SIZE and nbd_parse(b, at, &r):
+        if r.type != NBD_WRITE or r.length > b.end - at - NBD_REQUEST_SIZE or r.length == 0:
             break
         if not c.dev.writable or not nbd_flags_known(c, &r):
             break
@@ -435,11 +440,14 @@ cdef uint64_t nbd_prepare(nbd_connection *c) noexcept nogil:
         preparing.group = &group
         if device_map(c.dev, &preparing, r.offset, r.length):
             break
+        if preparing.placed == r.length:
+            placed |= <uint64_t>1 << count
         at += NBD_REQUEST_SIZE + r.length
         count += 1
-    group_commit(&group)
+    rc = group_commit(&group)
     port_read_unlock(&c.dev.gate.lock)
-    return max(count, <uint64_t>1)
+    c.prepared = max(count, <uint64_t>1)
+    c.placed = placed if rc == 0 and group.sound else 0
 
 
 cdef int nbd_serve(nbd_connection *c) noexcept nogil:
@@ -470,7 +478,9 @@ cdef int nbd_serve(nbd_connection *c) noexcept nogil:
             return 0 if rc == 1 else rc
         if r.type == NBD_WRITE and c.dev.nr_locks:
             if c.prepared == 0:
-                c.prepared = nbd_prepare(c)
+                nbd_prepare(c)
+            r.placed = c.placed & 1
+            c.placed >>= 1
             c.prepared -= 1
         p = c.received.data + c.received.start + NBD_REQUEST_SIZE
         rc = nbd_answer(c, &r, p if r.type == NBD_WRITE else NULL)
