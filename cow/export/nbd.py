@@ -36,6 +36,9 @@ HANDSHAKE_SECONDS = 30.0
 DRAIN_SECONDS = 5.0
 """How long clients may take at a stop to receive what they are answered."""
 
+SEND_BUFFER = 1 << 20
+"""Bytes on their way to a local client: a long reply in few pieces. The system may allow fewer."""
+
 RETRY_SECONDS = 0.1
 """How long nobody is let in after accept() failed."""
 
@@ -220,6 +223,8 @@ class _Client:
         if self.connection.family in (socket.AF_INET, socket.AF_INET6):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        else:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         return self._handshake.run()
 
     def _serve(self, device: Device) -> None:
