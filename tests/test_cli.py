@@ -315,6 +315,7 @@ import os, signal, sys
 import cow
 from cow.cli.main import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 cow.store.open = lambda path: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(main(["store", "info", {sound!r}]))
 """

@@ -961,6 +961,7 @@ import ctypes, os, subprocess, sys, tempfile
 import cow, cow.export.nbd
 from cow.export.fuse import FuseMount
 
+cow.Mapper.targets()  # all modules are read before: the folder they are in may be root's own
 folder = tempfile.mkdtemp()
 if os.geteuid() == 0:
     # In a mount namespace of its own, /dev/fuse is everybody's, as udev makes it elsewhere.
