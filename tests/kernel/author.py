@@ -16,6 +16,7 @@ import support
 from support import SECTOR
 from support.model import Merge, Model, Nonsense, Snapshot
 
+from .places import bad_range, below_a_store, below_an_origin, cut
 from .programs import Guide, Program, Step
 
 STEPS = 60
@@ -33,22 +34,9 @@ LARGEST_CHUNKS = (
 def version() -> str:
     """Return a few letters that change with whatever a program of the same seed depends on."""
     here, there = Path(__file__).parent, Path(support.__file__).parent
-    files = (here / "author.py", here / "programs.py", there / "model.py", there / "__init__.py")
+    files = [here / f"{name}.py" for name in ("author", "places", "programs")]
+    files += (there / "model.py", there / "__init__.py")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-
-
-def cut(table: str) -> str:
-    """Return a table that maps the same, its last linear line in two."""
-    *lines, last = table.splitlines()
-    start, length, _, image, first = last.split()
-    half = int(length) // 2
-    return "\n".join(
-        (
-            *lines,
-            f"{start} {half} linear {image} {first}",
-            f"{int(start) + half} {int(length) - half} linear {image} {int(first) + half}",
-        )
-    )
 
 
 class Author:
@@ -60,10 +48,15 @@ class Author:
         self.chunks = [c for c in (self.largest >> n for n in range(5)) if c]
         count = rng.randint(4, 9) if self.huge else rng.randint(8, 40)
         self.sectors = max(64, self.largest * count) + rng.choice((0, 0, rng.randrange(40)))
-        self.pieces = self.origin_table()
+        self.pieces, self.mended = below_an_origin(rng, self.sectors, self.largest)
         images = {"b": (self.sectors * SECTOR, 1), "d": ((self.sectors + 64) * SECTOR, 2)}
         for name in COWS:
             images[name] = (self.cow_sectors() * SECTOR, rng.choice((0, 0, 3)))
+        self.beds = {
+            name: below_a_store(rng, f"@{name}", images[name][0] // SECTOR, self.largest)
+            for name in COWS
+        }
+        self.flawed = "error" in f"{self.pieces}{self.beds}"
         self.program = Program(seed, images)
         self.guide = Guide(self.program)
         self.parts = parts
@@ -92,22 +85,6 @@ class Author:
             chunks = rng.randint(3, 12) if self.huge else rng.randint(4, 50)
         return max(2, self.largest * chunks + rng.choice((0, 0, rng.randrange(self.largest))))
 
-    def origin_table(self) -> str:
-        """Return a table for the origin: of one piece or several, in and out of order."""
-        total = self.sectors
-        half = total // 2 // 128 * 128 or 32
-        stripe = 64 if half >= 1024 else 4
-        return self.rng.choice(
-            (
-                f"0 {total} linear @b 0",
-                f"0 {total} linear @b 0",
-                f"0 {half} linear @b {total - half}\n{half} {total - half} linear @b 0",
-                f"0 {half} striped 2 {stripe} @b 8 @d 3\n{half} {total - half} linear @d {half}",
-                f"0 {half} linear @d 11\n{half} 8 zero\n"
-                f"{half + 8} {total - half - 8} linear @b {half}",
-            )
-        )
-
     def write(self, steps: int = STEPS) -> Program:
         """Return a program of about that many steps, or half of them where chunks are huge."""
         steps = steps // 2 if self.huge else steps
@@ -116,7 +93,7 @@ class Author:
                 self.take_apart()
                 self.add(["mark"])
             self.put_together()
-            for _ in range(self.rng.choice((1, 2, 2, 3))):
+            for _ in range(self.rng.choice((1, 2, 2, 3, 3))):
                 for step in list(self.new_snapshot()):
                     self.add(step)
             end = len(self.program.steps) + steps // self.parts
@@ -150,7 +127,7 @@ class Author:
         return True
 
     def simple(self, step: Step) -> Step:
-        """Return the step, or one for a single sector if it would end a snapshot half-way.
+        """Return the step, or one for a single sector if it would end a snapshot half-way, or fail.
 
         How many chunks of such a request are copied before the kernel stops is a matter of timing;
         so is the order in which the chunks of one request reach a snapshot below an origin.
@@ -163,15 +140,17 @@ class Author:
             for s in self.guide.snapshots()
             if s.status().count("/") == 1 and self.free(s) * s.unit <= step[3] + 4 * s.unit
         ]
-        if not near:
+        if not near and not self.flawed:
             return step
-        twin = copy.deepcopy(self.guide)
+        twin, failed = copy.deepcopy(self.guide), False
+        before = twin.states()
         try:
-            before = twin.states()
             twin.do(step)
-        except (OSError, Nonsense):
+        except OSError:
+            failed = self.flawed
+        except Nonsense:
             pass
-        if twin.states() == before:
+        if twin.states() == before and not failed:
             return step
         if step[0] == "w":
             return [*step[:3], SECTOR, step[4]]
@@ -190,7 +169,11 @@ class Author:
         self.add(["create", "base-real", self.pieces])
         self.add(["create", "base", f"0 {self.sectors} snapshot-origin %base-real"])
         for image in COWS:
-            magic = bytes(self.model.images[f"@{image}"].data[:4])
+            if self.beds[image]:
+                self.add(["create", self.bed(image), self.beds[image]])
+                if self.magic(image) not in (bytes(4), b"SnAp"):
+                    self.add(["wipe", self.bed(image)])
+            magic = self.magic(image)
             if magic == b"SnAp" and self.rng.random() < 0.8:
                 yielded = self.create(self.free_name(), image, self.rng.choice(("P", "PO")), 0)
                 for step in yielded:
@@ -208,9 +191,21 @@ class Author:
 
     # what there is
 
+    def bed(self, image: str) -> str:
+        """Return what a store is on: an image, or a device on it."""
+        return f"on-{image}" if self.beds[image] else f"@{image}"
+
+    def magic(self, image: str) -> bytes:
+        return self.model.block(self.bed(image)).read(0, 4)
+
+    @staticmethod
+    def word(label: str) -> str:
+        """Return the word of a table for an image or a device."""
+        return label if label.startswith("@") else f"%{label}"
+
     def free_cows(self) -> list[str]:
         used = {snapshot.cow.label for snapshot in self.model.snapshots}
-        return [name for name in COWS if f"@{name}" not in used]
+        return [name for name in COWS if self.bed(name) not in used]
 
     def free_name(self) -> str:
         return next(n for n in ("s0", "s1", "s2", "s3", "s4") if n not in self.model.devices)
@@ -231,6 +226,7 @@ class Author:
             name
             for name, device in sorted(self.model.devices.items())
             if device.size and not any(each.suspended for each in device.below())
+            if not name.startswith("on-")
         ]
 
     def one(self) -> Snapshot | None:
@@ -256,7 +252,8 @@ class Author:
             self.move_snapshot: 3,
             self.stack_snapshot: 2,
             self.unstack: 1,
-            self.merge_snapshot: 6 if self.parts == 1 else 12,
+            self.rename_snapshot: 1,
+            self.merge_snapshot: 7 if self.parts == 1 else 12,
             self.end_merge: 3,
             self.wipe: 3,
             self.pause: 3,
@@ -281,9 +278,17 @@ class Author:
             self.add(["info", name])
         open_names = self.open_names()
         for name in open_names if whole else rng.sample(open_names, min(1, len(open_names))):
-            size = self.model.devices[name].size
-            start = 0 if whole or rng.random() < 0.7 else rng.randrange(size // SECTOR) * SECTOR
-            self.add(["r", name, start, size])
+            for step in self.read(name, whole or rng.random() < 0.7):
+                self.add(step)
+
+    def read(self, name: str, whole: bool = True) -> Iterator[Step]:
+        """Read a device up to its end; before, in and after a bad place by themselves."""
+        size = self.model.devices[name].size
+        start = 0 if whole else self.rng.randrange(size // SECTOR) * SECTOR
+        for edge in (*(bad_range(self.pieces) or ()), size // SECTOR):
+            if start < edge * SECTOR <= size:
+                yield ["r", name, start, edge * SECTOR - start]
+                start = edge * SECTOR
 
     def io(self) -> Iterator[Step]:
         names = [name for name in self.open_names() if name != "base-real"]
@@ -352,7 +357,7 @@ class Author:
             length = rng.choice((1, sectors)) * SECTOR
             yield ["w", written, chunk * target.unit, length, rng.randrange(1, 1000)]
         yield ["status"]
-        yield ["r", name, 0, target.device.size]
+        yield from self.read(name)
 
     def features(self) -> str:
         return self.rng.choice(FEATURES)
@@ -365,7 +370,8 @@ class Author:
     ) -> Iterator[Step]:
         """Create a snapshot while the origin is suspended."""
         running = [n for n in ("base",) if not self.model.devices[n].suspended]
-        table = f"0 {length or self.sectors} snapshot %base-real @{image} {letter} {chunk}"
+        cow = self.word(self.bed(image))
+        table = f"0 {length or self.sectors} snapshot %base-real {cow} {letter} {chunk}"
         for each in running:
             yield ["suspend", each]
         yield ["create", name, table + self.features()]
@@ -382,7 +388,7 @@ class Author:
         chunk = rng.choice(self.chunks)
         if letter != "N" and self.largest >= 32 and rng.random() < 0.1:
             chunk = 0
-        magic = bytes(self.model.images[f"@{image}"].data[:4])
+        magic = self.magic(image)
         if letter != "N" and magic not in (bytes(4), b"SnAp") and rng.random() < 0.8:
             yield from self.wipe(image)
         length = None
@@ -399,7 +405,7 @@ class Author:
         """Return a table for the same COW device once more, with other words around it."""
         chunk = target.store.chunk if letter == "N" else self.rng.choice((0, *self.chunks))
         return (
-            f"0 {target.length} snapshot %{target.origin.label} {target.cow.label} "
+            f"0 {target.length} snapshot %{target.origin.label} {self.word(target.cow.label)} "
             f"{letter} {chunk}{self.features()}"
         )
 
@@ -464,7 +470,8 @@ class Author:
         if not cows or target is None or "t" in self.model.devices:
             return
         name, rng = target.device.label, self.rng
-        words = f"%{name} @{rng.choice(cows)} {self.letter()} {rng.choice(self.chunks)}"
+        cow = self.word(self.bed(rng.choice(cows)))
+        words = f"%{name} {cow} {self.letter()} {rng.choice(self.chunks)}"
         # What is passed down through two snapshots comes in pieces as long as the upper chunks;
         # where the lower ones are smaller the kernel zeroes their neighbours (facts, 4.4).
         words += rng.choice(("", " 1 discard_zeroes_cow"))
@@ -493,8 +500,12 @@ class Author:
             return
         target = self.rng.choice(persistent)
         name = target.device.label
-        table = f"0 {self.sectors} snapshot-merge %base-real {target.cow.label} P "
+        table = f"0 {self.sectors} snapshot-merge %base-real {self.word(target.cow.label)} P "
         table += f"{target.store.chunk}{self.features()}"
+        if (bad := bad_range(self.pieces)) and self.rng.random() < 0.7:
+            # All of a chunk is written: nothing of the bad place has to be read for it.
+            chunk = self.rng.randrange(*bad) // target.store.chunk
+            yield ["w", name, chunk * target.unit, target.unit, self.rng.randrange(1, 1000)]
         if self.rng.random() < 0.5:
             yield ["suspend", "base"]
             yield ["remove", name]
@@ -507,6 +518,27 @@ class Author:
             yield ["resume", "base"]
             yield ["resume", name]
             yield ["remove", name]
+        yield from self.mend(table)
+
+    def mend(self, merge: str) -> Iterator[Step]:
+        """Let a merge that failed end: give the origin good images, and merge from disk again.
+
+        How much of what failed reached the origin is not determined, but none of that is seen: it
+        is in the store, and the other snapshots have copies. We give them some for later runs, too.
+        """
+        target = (self.model.devices["base"].live or [None])[0]
+        if not isinstance(target, Merge) or not target.merge_failed:
+            return
+        if self.guide.snapshots() == [target]:
+            yield ["status"]
+            for _ in range(self.rng.randint(1, 3)):
+                yield from (step for step in self.io() if step[1] == "base")
+        self.pieces = self.mended
+        yield ["reload", "base-real", self.pieces]
+        yield ["resume", "base-real"]
+        for table in (f"0 {self.sectors} snapshot-origin %base-real", merge):
+            yield ["reload", "base", table]
+            yield ["resume", "base"]
 
     def end_merge(self) -> Iterator[Step]:
         if any(isinstance(target, Merge) for target in self.model.devices["base"].live or []):
@@ -519,12 +551,21 @@ class Author:
         An image whose contents are not determined is written anew as a whole.
         """
         if cows := self.free_cows():
-            name = f"@{image or self.rng.choice(cows)}"
+            image = image or self.rng.choice(cows)
+            name, bed = f"@{image}", self.bed(image)
             size, known = self.model.images[name].size, self.model.images[name].known
             if known is not None:
+                if bed != name:
+                    yield ["remove", bed]
                 for start in range(0, size, LARGEST_REQUEST):
                     yield ["w", name, start, min(LARGEST_REQUEST, size - start), 5]
-            yield ["wipe", name]
+                if bed != name:
+                    yield ["create", bed, self.beds[image]]
+            yield ["wipe", bed]
+
+    def rename_snapshot(self) -> Iterator[Step]:
+        if names := self.snapshot_names():
+            yield ["rename", self.rng.choice(names), self.free_name()]
 
     def pause(self) -> Iterator[Step]:
         if names := self.snapshot_names():

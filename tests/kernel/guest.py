@@ -27,7 +27,10 @@ from collections.abc import Iterator
 from typing import Any
 
 SCRATCH = "/run/scratch"
-MODULES = ("dm-mod", "dm-bufio", "dm-snapshot", "dm-zero")
+MODULES = (
+    *("dm-mod", "dm-bufio", "dm-snapshot", "dm-zero", "dm-flakey"),
+    *("dm-log", "dm-region-hash", "dm-mirror"),
+)
 FINIT_MODULE = 313
 POWER_OFF = 0x4321FEDC
 SECTOR = 512
@@ -37,7 +40,7 @@ UBD_MAJOR = 98
 # <linux/dm-ioctl.h>
 HEADER = struct.Struct("=3I I I I i I I I Q 128s 129s 7x")
 TARGET = struct.Struct("=Q Q i I 16s")
-REMOVE_ALL, LIST_DEVICES, CREATE, REMOVE, SUSPEND, STATUS = 1, 2, 3, 4, 6, 7
+REMOVE_ALL, LIST_DEVICES, CREATE, REMOVE, RENAME, SUSPEND, STATUS = 1, 2, 3, 4, 5, 6, 7
 LOAD, CLEAR, TABLE = 9, 10, 12
 SUSPENDED, STATUS_TABLE, LIVE, INACTIVE, BUFFER_FULL = 2, 16, 32, 64, 256
 QUERY_INACTIVE = 4096
@@ -127,7 +130,10 @@ class Control:
             start, length, _, step, kind = TARGET.unpack_from(info.data, at)
             end = info.data.index(b"\0", at + TARGET.size)
             text = info.data[at + TARGET.size : end].decode()
-            lines.append(f"{start} {length} {kind.rstrip(bytes(1)).decode()} {text}")
+            name = kind.rstrip(bytes(1)).decode()
+            if name == "flakey":  # Linux 6.3 and later end its line without a blank
+                text = text.rstrip()
+            lines.append(f"{start} {length} {name} {text}")
             at = step
         return lines
 
@@ -245,6 +251,9 @@ class Machine:
     def do_resume(self, name: str) -> None:
         self.control.call(SUSPEND, name)
 
+    def do_rename(self, name: str, new_name: str) -> None:
+        self.control.call(RENAME, name, data=new_name.encode() + b"\0")
+
     def do_remove(self, name: str) -> None:
         self.control.call(REMOVE, name)
 
@@ -305,10 +314,13 @@ class Machine:
         Its first record is the last to be zeroed.
         """
         if status != ["Overflow"]:
-            return len(status) < 2 or status[0].split("/")[0] == status[1]
+            ended = len(status) < 2 or status == ["Merge", "failed"]
+            return ended or status[0].split("/")[0] == status[1]
         table = self.control.lines(name, STATUS_TABLE)[0].split(" ")[3:]
-        slot, chunk = int(table[1].split(":")[1]) // 16, int(table[3])
-        with Disk(f"/dev/ubd{chr(ord('a') + slot)}") as disk:
+        major, minor = map(int, table[1].split(":"))
+        chunk = int(table[3])
+        ubd = f"/dev/ubd{chr(ord('a') + minor // 16)}"
+        with Disk(ubd if major == UBD_MAJOR else f"/dev/dm-{minor}") as disk:
             return not any(b"".join(disk.read(SECTOR, chunk * SECTOR))[:16])
 
     def do_mergeto(self, name: str, left: int) -> None:

@@ -37,12 +37,20 @@ class Replayer(trace.Replayer):
             return f"w {file.write(trace.fill(length, seed))}"
 
     def do_wipe(self, name: str) -> list[str]:
+        if not name.startswith("@"):
+            self.dm.device(name).pwrite(bytes(SECTOR), 0)
+            return []
         with Path(self.words[name]).open("r+b") as file:
             file.write(bytes(SECTOR))
         return []
 
     def do_d(self, name: str, offset: int, length: int) -> list[str]:
         self.dm.device(name).discard(offset, length)
+        return []
+
+    def do_rename(self, name: str, new_name: str) -> list[str]:
+        self.dm.rename(name, new_name)
+        self.devices[self.devices.index(name)] = new_name
         return []
 
     def do_clear(self, name: str) -> list[str]:

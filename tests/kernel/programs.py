@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from support import SECTOR, fill
-from support.model import Merge, Model, Nonsense, Origin, Snapshot
+from support.model import Device, Merge, Model, Nonsense, Origin, Snapshot
 
 Step = list[Any]
 
@@ -64,6 +64,10 @@ class Guide:
             return None
         if verb == "resume":
             return self.resume(args[0])
+        if verb == "rename":
+            self.model.rename(*args)
+            self.could_discard[args[1]] = self.could_discard.get(args[0], False)
+            return None
         if verb in ("suspend", "remove", "clear"):
             return getattr(self.model, verb)(*args)
         if verb == "w":
@@ -93,10 +97,19 @@ class Guide:
 
     def note_limits(self, name: str) -> None:
         """Remember whether a new table takes discards."""
-        self.could_discard[name] = self.model.devices[name].can_discard()
+        self.could_discard[name] = self.can_discard(self.model.devices[name])
+
+    @staticmethod
+    def can_discard(device: Device) -> bool:
+        """Tell whether Linux 6.1 can discard: nothing that lies on zeros, or on a bad place."""
+        kinds = {target.kind for each in device.below() for target in each.live or []}
+        return device.can_discard() and not kinds & {"zero", "error"}
 
     def wipe(self, name: str, offset: int, data: bytes) -> None:
         """Write to an image itself; one that is written up to its end is known again."""
+        if not name.startswith("@"):
+            self.model.device(name).pwrite(data, offset)
+            return
         image = self.model.images[name]
         whole, known = bytearray(image.data), image.known
         whole[offset : offset + len(data)] = data
@@ -119,14 +132,13 @@ class Guide:
     def check_discard(self, name: str) -> None:
         """Refuse a discard of a device where the kernel is not to be followed.
 
-        Only Linux 6.2 and later can discard a zero target, and a target can discard where all that
-        lies below it can. Whether it can is found out when its table goes live: a table below that
-        is swapped later is not noticed.
+        Only later ones can discard a zero target, or one with errors; and a target can discard
+        where all that lies below it can. Whether it can is found out when its table goes live: a
+        table below that is swapped later is not noticed.
         """
         device = self.model.device(name)
-        kinds = {target.kind for each in device.below() for target in each.live or []}
-        if "zero" in kinds and device.can_discard():
-            raise Nonsense("a discard of a zero target")
+        if device.can_discard() != self.can_discard(device):
+            raise Nonsense("a discard of what newer kernels discard")
         if device.can_discard() != self.could_discard[name]:
             raise Nonsense("a discard of what could, or could not, discard when it went live")
 

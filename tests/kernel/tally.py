@@ -22,12 +22,17 @@ ORIGINS = {
     "linear linear": "an origin in two pieces",
     "striped linear": "an origin with stripes",
     "linear zero linear": "an origin with zeros inside",
+    "mirror linear": "an origin with a mirror",
+    "linear error linear": "an origin with a bad place",
+    "linear flakey linear": "an origin that drops writes",
 }
 EVENTS = (
     *ORIGINS.values(),
     "an origin's table swapped",
     *(f"a store {letter}" for letter in LETTERS),
     *(f"chunks of {chunk}" for chunk in CHUNKS),
+    "a store on a device",
+    "a store on a device with a bad place",
     "a store opened again",
     "an invalid store opened",
     "a snapshot shorter than its origin",
@@ -35,6 +40,7 @@ EVENTS = (
     "a table refused",
     "a resume refused",
     "a snapshot removed",
+    "a snapshot renamed",
     "a store reloaded, P to P",
     "a store reloaded, P to PO",
     "a store reloaded, PO to P",
@@ -59,6 +65,10 @@ EVENTS = (
     "a merge of an invalid store",
     "a merge that left exceptions to nobody",
     "a merge ended",
+    "a merge failed",
+    "a merge that had failed",
+    "an own write that met a bad place",
+    "an origin write that met a bad place",
     "a discard in the store",
     "a discard of what is not in the store",
     "a discard passed down",
@@ -82,12 +92,19 @@ class Facts(NamedTuple):
     def ended(self) -> bool:
         return self.state in ("Invalid", "Overflow")
 
+    @property
+    def room(self) -> bool:
+        """Whether there is a chunk left for one more exception."""
+        used, total = map(int, self.state.split(" ")[0].split("/"))
+        return total - used >= self.target.store.chunk
+
 
 class Witness:
     """Runs a program on the model, and names what happens with the devices it happens to."""
 
     def __init__(self, program: Program) -> None:
         self.guide = Guide(program)
+        self.failed: set[str] = set()
 
     def facts(self) -> dict[int, Facts]:
         return {
@@ -143,6 +160,8 @@ class Witness:
             if new.state != "Invalid" and new.target.store.chunk:
                 yield f"a store {new.letter}"
                 yield f"chunks of {new.target.store.chunk}"
+            if kinds := {t.kind for t in getattr(new.target.cow, "live", None) or []}:
+                yield f"a store on a device{' with a bad place' * ('error' in kinds)}"
             if new.state == "Invalid":
                 yield "an invalid store opened"
             elif new.exceptions:
@@ -191,6 +210,14 @@ class Witness:
         if old.state == "Invalid":
             yield "a merge of an invalid store"
             return
+        label, failed = old.target.cow.label, self.guide.model.devices["base"].live[0].merge_failed
+        if failed:
+            self.failed.add(label)
+            yield "a merge failed"
+            return
+        if label in self.failed:
+            self.failed.remove(label)
+            yield "a merge that had failed"
         siblings = [
             (before[key], fact)
             for key, fact in after.items()
@@ -219,6 +246,10 @@ class Witness:
         ):
             yield "a handover cancelled"
 
+    def after_rename(self, step, before, after, refused, was) -> Iterator[str]:
+        if not refused:
+            yield "a snapshot renamed"
+
     def after_clear(self, step, before, after, refused, was) -> Iterator[str]:
         if len(after) < len(before):
             yield "an inactive table cleared"
@@ -233,6 +264,8 @@ class Witness:
                 yield "an own write copied"
             if then.state == "Overflow" and now.state == "Invalid":
                 yield "PO invalid after overflow"
+            elif now.ended and not then.ended and then.room:
+                yield f"an {'own' if own else 'origin'} write that met a bad place"
             elif now.ended and not then.ended:
                 yield f"{now.letter} full by an {'own' if own else 'origin'} write"
         if step[1] == "base" and copied:

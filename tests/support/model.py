@@ -45,6 +45,16 @@ def pieces(offset: int, length: int, unit: int) -> Iterator[tuple[int, int]]:
         offset += count
 
 
+def images_of(block: Block) -> Iterator[Image]:
+    """Yield the images that a block is, or lies on."""
+    if isinstance(block, Image):
+        yield block
+    elif isinstance(block, Device):
+        for target in block.live or []:
+            for below in target.blocks():
+                yield from images_of(below)
+
+
 class Block(Protocol):
     """What a table can name: an image or a device."""
 
@@ -263,6 +273,78 @@ class Error(Target):
 
     def discard(self, offset, length):
         raise Nonsense("discard of an error target")
+
+
+class Flakey(Linear):
+    """Down from the start and for ever: it drops writes, or answers nothing but EIO."""
+
+    kind = "flakey"
+
+    def __init__(self, model, device, start, length, args) -> None:
+        super().__init__(model, device, start, length, args[:2])
+        if args[2:] not in (["0", "1", "1", "drop_writes"], ["0", "1"]):
+            raise Nonsense("a flakey target that is not always down")
+        self.words = args[2:]
+
+    def read(self, offset, length):
+        if len(self.words) == 2:
+            raise failure(errno.EIO)
+        return super().read(offset, length)
+
+    def write(self, offset, data):
+        if len(self.words) == 2:
+            raise failure(errno.EIO)
+
+    def discard(self, offset, length):
+        raise Nonsense("a discard of a flakey target")
+
+    def table(self):
+        words = self.words if len(self.words) > 2 else [*self.words, "0"]
+        return f"{super().table()} {' '.join(words)}"
+
+
+class Mirror(Target):
+    """In step from the start; no leg fails."""
+
+    kind = "mirror"
+
+    def __init__(self, model, device, start, length, args) -> None:
+        super().__init__(model, device, start, length)
+        self.log = args[:4]
+        if args[:2] != ["core", "2"] or args[3:5] != ["nosync", "2"] or len(args) != 9:
+            raise Nonsense("a mirror other than core 2 REGION nosync 2")
+        self.region = int(args[2])
+        self.legs = [(model.block(args[n]), int(args[n + 1])) for n in (5, 7)]
+        for dev, at in self.legs:
+            if (at + length) * SECTOR > dev.size:
+                raise too_small(device)
+
+    def blocks(self):
+        return [dev for dev, _ in self.legs]
+
+    def below(self, offset: int) -> list[tuple[Block, int]]:
+        return [(dev, offset + (at - self.start) * SECTOR) for dev, at in self.legs]
+
+    def read(self, offset, length):
+        dev, at = self.below(offset)[0]
+        return dev.read(at, length)
+
+    def write(self, offset, data):
+        for dev, at in self.below(offset):
+            dev.write(at, data)
+
+    def discard(self, offset, length):
+        for dev, at in self.below(offset):
+            dev.discard(at, length)
+
+    def table(self):
+        legs = " ".join(f"{dev.label} {at}" for dev, at in self.legs)
+        return f"{' '.join(self.log)} {len(self.legs)} {legs}"
+
+    def status(self):
+        regions = -(-self.length // self.region)
+        devs = " ".join(dev.label for dev in self.blocks())
+        return f"{len(self.legs)} {devs} {regions}/{regions} 1 {'A' * len(self.legs)} 1 core"
 
 
 class Origin(Target):
@@ -484,7 +566,7 @@ class Snapshot(Target):
         self.cow = model.block(args[1])
         if self.origin is self.cow:
             raise failure(errno.EINVAL, "COW device cannot be the same as origin device")
-        if isinstance(self.cow, Image) and self.cow.known == 0:
+        if any(image.known == 0 for image in images_of(self.cow)):
             raise Nonsense("the contents of the COW image are not determined")
         self.store = self.parse_store(args[2], args[3])
         if length * SECTOR > self.origin.size:
@@ -752,9 +834,8 @@ class Merge(Snapshot):
         return True
 
 
-KINDS: dict[str, type[Target]] = {
-    target.kind: target for target in (Linear, Striped, Zero, Error, Origin, Snapshot, Merge)
-}
+TARGETS = (Linear, Striped, Zero, Error, Flakey, Mirror, Origin, Snapshot, Merge)
+KINDS: dict[str, type[Target]] = {target.kind: target for target in TARGETS}
 
 
 # --- devices and the mapper ---------------------------------------------------------------------
