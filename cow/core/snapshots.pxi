@@ -164,7 +164,6 @@ cdef class Snapshot(TargetMap):
         self.t.snapshot = &self.s
         self.s.family = &self.family.f
         self.s.origin = &origin.d
-        self.s.end = self.t.start + self.t.length
         self.s.merging = merging
         self.s.discard_zeroes_cow = discard_zeroes_cow
         self.s.discard_passdown_origin = discard_passdown_origin
@@ -185,7 +184,8 @@ cdef class Snapshot(TargetMap):
     def activate(self, BlockDevice owner not None):
         """Get origin writes from now on, in the kernel's order: largest chunk first.
 
-        `owner` is the device told when the snapshot becomes invalid. Gate held exclusively.
+        `owner` is the device told when the snapshot becomes invalid; origin writes up to its end
+        count, be that behind the end of this target, as in the kernel. Gate held exclusively.
         """
         cdef family *f = &self.family.f
         cdef snapshot **snapshots
@@ -205,6 +205,7 @@ cdef class Snapshot(TargetMap):
         self.s.active = True
         self.owner = owner
         self.s.owner = &owner.d
+        self.s.end = min(owner.d.size, self.store.st.exceptions.nr_chunks << self.store.st.chunk_shift)
         family_unsettle(f)
 
     def deactivate(self):
@@ -226,7 +227,7 @@ cdef class Snapshot(TargetMap):
         MemoryError changes nothing. The gate is held exclusively.
         """
         cdef store *st = source.s.store
-        cdef uint64_t end = max(self.s.end, self.s.origin.size)
+        cdef uint64_t end = max(self.t.start + self.t.length, self.s.origin.size)
         if st.chunk_shift and exception_table_extend(
                 &st.exceptions, (end + chunk_bytes(st) - 1) >> st.chunk_shift):
             raise MemoryError("Unable to allocate hash table space")

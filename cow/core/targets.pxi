@@ -44,11 +44,11 @@ cdef int origin_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcep
         rc = device_map(t.dev, b, offset, n) if n else 0
         return rc if rc or n == length else BIO_SHARED
     if b.op == PREPARE:
-        if settled_run(&f.settled, offset, length) < length:
+        if f.nr_snapshots and settled_run(&f.settled, offset, length) < length:
+            b.place = False
             rc = family_prepare(f, b.group, offset, length)
             if rc:
                 return rc
-        b.place = False
     return device_map(t.dev, b, offset, length)
 
 

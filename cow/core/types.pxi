@@ -291,7 +291,7 @@ cdef struct snapshot:
     device *origin
     device *owner                   # the mapped device told of events; NULL while not live
     store *store
-    uint64_t end                    # bytes; origin writes behind it do not concern us
+    uint64_t end                    # of the device: origin writes behind it do not concern us
     bint active                     # gets origin writes: from the first resume on
     bint merging                    # a snapshot-merge
     uint32_t merge_failed

@@ -745,7 +745,7 @@ class Snapshot(Target):
         if self.kind == "snapshot-merge" or not self.valid or not self.active:
             return
         old = at // self.unit
-        if at // SECTOR >= self.start + self.length or old in self.exceptions:
+        if at >= self.device.size or old in self.exceptions:
             return
         new = self.store.prepare()
         if new is None:
