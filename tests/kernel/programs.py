@@ -179,6 +179,6 @@ def sensible(program: Program, steps: list[Step]) -> list[Step] | None:
             return None
         except OSError:
             continue
-        if step[0] == "resume" and guide.merges(step[1]):
+        if step[0] in ("create", "resume") and guide.merges(step[1]):
             kept.append(["waitmerge", step[1]])
     return kept

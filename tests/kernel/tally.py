@@ -19,7 +19,8 @@ LETTERS = ("P", "PO", "N")
 CHUNKS = tuple(1 << n for n in range(max(LARGEST_CHUNKS).bit_length()))
 ORIGINS = {
     "linear": "an origin in one piece",
-    "linear linear": "an origin in two pieces",
+    "linear linear": "an origin in pieces",
+    "linear linear linear": "an origin in pieces",
     "striped linear": "an origin with stripes",
     "linear zero linear": "an origin with zeros inside",
     "mirror linear": "an origin with a mirror",
@@ -27,7 +28,7 @@ ORIGINS = {
     "linear flakey linear": "an origin that drops writes",
 }
 EVENTS = (
-    *ORIGINS.values(),
+    *dict.fromkeys(ORIGINS.values()),
     "an origin's table swapped",
     *(f"a store {letter}" for letter in LETTERS),
     *(f"chunks of {chunk}" for chunk in CHUNKS),
@@ -37,6 +38,7 @@ EVENTS = (
     "an invalid store opened",
     "a snapshot shorter than its origin",
     "a snapshot of a snapshot",
+    "a snapshot with another target behind it",
     "a table refused",
     "a resume refused",
     "a snapshot removed",
@@ -67,6 +69,8 @@ EVENTS = (
     "a merge ended",
     "a merge failed",
     "a merge that had failed",
+    "a merge stopped, then resumed",
+    "a merge stopped, then begun again from disk",
     "an own write that met a bad place",
     "an origin write that met a bad place",
     "a discard in the store",
@@ -168,6 +172,10 @@ class Witness:
                 yield "a store opened again"
             if new.target.length * 512 < new.target.origin.size:
                 yield "a snapshot shorter than its origin"
+            if len(self.guide.model.devices[new.device].live or []) > 1:
+                yield "a snapshot with another target behind it"
+            if new.target.kind == "snapshot-merge":
+                yield "a merge stopped, then begun again from disk"
             if any(fact.device == new.target.origin.label for fact in after.values()):
                 yield "a snapshot of a snapshot"
 
@@ -186,6 +194,8 @@ class Witness:
                 yield "a merge ended"
             elif "waiting" in was and step[1] in ("base", "base-real"):
                 yield "an origin's table swapped"
+        elif before[id(target)].active and isinstance(target, Merge) and "waiting" not in was:
+            yield "a merge stopped, then resumed"
         elif not before[id(target)].active:
             sources = [
                 each
