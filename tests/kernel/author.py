@@ -81,9 +81,7 @@ class Author:
                 self.take_apart()
                 self.add(["mark"])
             self.put_together()
-            for _ in range(
-                self.rng.choice((1, 1, 2) if places.bad_range(self.pieces) else (1, 2, 2, 3, 3))
-            ):
+            for _ in range(self.rng.randint(1, 2 if places.bad_range(self.pieces) else 4)):
                 for step in list(self.new_snapshot()):
                     self.add(step)
             end = len(self.program.steps) + steps // self.parts
