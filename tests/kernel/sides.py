@@ -19,7 +19,8 @@ from .uml import Kernel
 
 SECTORS = 2048
 NAMES = ("base", "s0", "s1")
-STORES = {"c0": "P 1", "c1": "PO 4"}
+IMAGES = ("c0", "c1")
+CHUNKS = (1, 2, 4, 8, 16, 32, 64)
 WORDS = SECTOR // 8
 
 Step = list[Any]
@@ -39,7 +40,14 @@ def stack(stores: dict[str, str]) -> list[Step]:
     ]
 
 
-STACK = stack(STORES)
+def random_stack(rng: random.Random, chunk: int = 0) -> list[Step]:
+    """Return the steps of a stack with chunks of any size; `chunk`: sectors of those of s0."""
+    return stack({"c0": f"P {chunk or rng.choice(CHUNKS)}", "c1": f"PO {rng.choice(CHUNKS)}"})
+
+
+STACK = stack({"c0": "P 0", "c1": "PO 0"})
+"""For stores that there are: of any chunk size."""
+
 MERGE = [
     ["suspend", "base"],
     ["remove", "s0"],
@@ -60,9 +68,9 @@ MERGED = ["waitmerge", "base"]
 def make_images(folder: Path, cow_sectors: int = 3 * SECTORS) -> dict[str, Path]:
     """Write a stamped origin and two empty COW images into a new folder."""
     folder.mkdir()
-    images = {name: folder / f"{name}.img" for name in ("b", *STORES)}
+    images = {name: folder / f"{name}.img" for name in ("b", *IMAGES)}
     images["b"].write_bytes(stamp(0, SECTORS, 0))
-    for name in STORES:
+    for name in IMAGES:
         images[name].write_bytes(bytes(cow_sectors * SECTOR))
     return images
 

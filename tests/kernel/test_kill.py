@@ -19,12 +19,13 @@ from support import count
 import cow
 
 from .sides import (
+    CHUNKS,
     GO_ON_MERGING,
     MERGE,
     MERGED,
     STACK,
-    Contents,
     Ours,
+    Step,
     Theirs,
     Write,
     apply,
@@ -34,6 +35,7 @@ from .sides import (
     kernel_writes,
     make_images,
     nothing_written,
+    random_stack,
     random_writes,
 )
 from .uml import Kernel
@@ -43,6 +45,7 @@ from .uml import Kernel
 def victim(
     folder: Path,
     images: dict[str, Path],
+    stack: list[Step],
     writes: list[Write],
     durability: str,
     merge_to: int | None = None,
@@ -58,7 +61,7 @@ def victim(
             {
                 "paths": paths,
                 "durability": durability,
-                "steps": STACK,
+                "steps": stack,
                 "writes": writes,
                 "merge": [] if merge_to is None else MERGE,
                 "left": merge_to,
@@ -84,17 +87,26 @@ def acknowledged(line: str) -> int:
     return int(line.split()[1])
 
 
-def allocated(before: Contents) -> int:
-    """Return the sectors in use in the store of s0: a chunk is a sector, 32 make an area full."""
-    exceptions = int((before["s0"] != before["base"]).any(axis=1).sum())
-    return 2 + exceptions + exceptions // 32
+def allocated(writes: list[Write], chunk: int) -> int:
+    """Return the sectors that writes take in the store of s0; one record is 16 bytes."""
+    chunks = {
+        number
+        for name, first, count, _ in writes
+        for number in range(first // chunk, (first + count - 1) // chunk + 1)
+        if name in ("base", "s0")
+    }
+    return in_use(len(chunks), chunk)
 
 
-def note_cut(whose: str, image: Path, before: Contents) -> None:
-    """Note how far a merge had come when it was cut short."""
-    records = cow.store.open(str(image)).nr_exceptions
-    left = 2 + records + records // 32
-    how = "over" if not records else "not begun" if left >= allocated(before) else "under way"
+def in_use(exceptions: int, chunk: int) -> int:
+    return (2 + exceptions + exceptions // (32 * chunk)) * chunk
+
+
+def note_cut(whose: str, image: Path, began: int) -> None:
+    """Note how far a merge of a store with so many sectors had come when it was cut short."""
+    store = cow.store.open(str(image))
+    left = in_use(store.nr_exceptions, store.chunk_size)
+    how = "over" if not store.nr_exceptions else "not begun" if left >= began else "under way"
     count(f"merges of {whose} cut short: {how}")
 
 
@@ -106,7 +118,7 @@ def test_the_kernel_goes_on_where_cow_was_killed(judge, seed, number, durability
     images = make_images(folder)
     writes = random_writes(rng, 1000)
     stop = rng.choice((rng.randrange(20), rng.randrange(600)))
-    with victim(folder, images, writes, durability) as process:
+    with victim(folder, images, random_stack(rng), writes, durability) as process:
         assert process.stdout is not None
         while acknowledged(process.stdout.readline()) < stop:
             pass
@@ -127,7 +139,7 @@ def test_cow_goes_on_where_the_kernel_was_killed(judge, seed, number):
     writes = random_writes(rng, 1000)
     stop = rng.choice((rng.randrange(20), rng.randrange(600)))
     kernel = Kernel(judge.folder)
-    kernel.start(images, [*STACK, ["work", kernel_writes(writes)]])
+    kernel.start(images, [*random_stack(rng), ["work", kernel_writes(writes)]])
     done = -1
     while done < stop:
         done = acknowledged(kernel.hear("@did"))
@@ -147,10 +159,12 @@ def test_the_kernel_ends_a_merge_that_cow_was_killed_in(judge, seed, number):
     images = make_images(folder)
     writes = random_writes(rng, 400)
     before = apply(nothing_written(), writes)
-    left = rng.randint(2, allocated(before))
-    with victim(folder, images, writes, "process", left) as process:
+    chunk = rng.choice(CHUNKS)
+    began = allocated(writes, chunk)
+    left = rng.randint(2 * chunk, began)
+    with victim(folder, images, random_stack(rng, chunk), writes, "process", left) as process:
         assert process.wait() == -signal.SIGKILL
-    note_cut("cow", images["c0"], before)
+    note_cut("cow", images["c0"], began)
     with Theirs(judge.running(), images, judge.folder) as kernel:
         kernel.run([*GO_ON_MERGING, MERGED])
         check_merged(kernel, before)
@@ -164,11 +178,14 @@ def test_cow_ends_a_merge_that_the_kernel_was_killed_in(judge, seed, number):
     writes = random_writes(rng, 400)
     before = apply(nothing_written(), writes)
     kernel = Kernel(judge.folder)
-    wait = ["mergeto", "base", rng.randint(2, allocated(before))]
-    kernel.start(images, [*STACK, ["work", kernel_writes(writes)], *MERGE, wait])
+    chunk = rng.choice(CHUNKS)
+    began = allocated(writes, chunk)
+    wait = ["mergeto", "base", rng.randint(2 * chunk, began)]
+    steps = [*random_stack(rng, chunk), ["work", kernel_writes(writes)], *MERGE, wait]
+    kernel.start(images, steps)
     kernel.hear("@merging")
     kernel.kill()
-    note_cut("the kernel", images["c0"], before)
+    note_cut("the kernel", images["c0"], began)
     with Ours(images) as ours:
         ours.run([*GO_ON_MERGING, MERGED])
         check_merged(ours, before)
