@@ -205,7 +205,8 @@ cdef class Snapshot(TargetMap):
         self.s.active = True
         self.owner = owner
         self.s.owner = &owner.d
-        self.s.end = min(owner.d.size, self.store.st.exceptions.nr_chunks << self.store.st.chunk_shift)
+        self.s.end = min(
+            owner.d.size, self.store.st.exceptions.nr_chunks << self.store.st.chunk_shift)
         family_unsettle(f)
 
     def deactivate(self):
