@@ -165,16 +165,17 @@ cdef void family_unsettle(family *f) noexcept nogil:
 
 
 cdef int family_prepare(
-    family *f, commit_group *g, uint64_t offset, uint64_t length
+    family *f, commit_group *g, uint64_t offset, uint64_t length, bint early=False
 ) noexcept nogil:
     """Copy an origin range out for every snapshot that still shares it.
 
-    Whatever fails here costs the snapshot, never the origin write.
+    Whatever fails here costs the snapshot, never the origin write; if it is early for the range,
+    it costs nothing, and the answer is -errno.
     """
     cdef snapshot *s
     cdef uint64_t end
     cdef bint waits = False
-    cdef int i, rc = 0
+    cdef int i, added, rc = 0
     pthread_mutex_lock(&f.prepare)
     for i in range(f.nr_snapshots):
         s = f.snapshots[i]
@@ -183,13 +184,14 @@ cdef int family_prepare(
         end = min(offset + length, s.end)
         rc = snapshot_copy_out(s, offset >> s.store.chunk_shift,
                                (end - 1) >> s.store.chunk_shift, &waits)
-        if rc < 0:
+        if rc < 0 and not early:
             rc = snapshot_invalidate(s)
         if rc:
             break
     if waits:
         port_store64(&f.prepared, f.prepared + 1)
-        rc = rc if rc else group_add(g, f)
+        added = group_add(g, f)
+        rc = rc if rc else added
     pthread_mutex_unlock(&f.prepare)
     return rc
 

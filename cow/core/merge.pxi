@@ -82,7 +82,10 @@ cdef int merge_runs(snapshot *s) noexcept nogil:
         if start < s.broken_from:
             rc = family_prepare(
                 f, &group, w[start - s.window_first].old_chunk << st.chunk_shift,
-                (min(first, s.broken_from) - start) << st.chunk_shift)
+                (min(first, s.broken_from) - start) << st.chunk_shift, first != end)
+            if rc < 0 and first != end:
+                rc = 0      # the next step begins with this run; if there is none, it is too early
+                break
             if rc:
                 break
             s.broken_from = start
