@@ -362,11 +362,11 @@ class Author:
     ) -> Iterator[Step]:
         """Create a snapshot while the origin is suspended."""
         running = [n for n in ("base",) if not self.model.devices[n].suspended]
-        cow = self.word(self.bed(image))
-        table = f"0 {length or self.sectors} snapshot %base-real {cow} {letter} {chunk}"
-        table += self.features()
+        cow, length = self.word(self.bed(image)), length or self.sectors
+        table = f"0 {length} snapshot %base-real {cow} {letter} {chunk}{self.features()}"
         if self.rng.random() < 0.1:
-            table += f"\n{length or self.sectors} {self.rng.randint(1, 40)} linear @d 0"
+            # Up to whole chunks: the kernel copies the rest of one while it is written.
+            table += f"\n{length} {self.largest - length % self.largest} linear @d 0"
         for each in running:
             yield ["suspend", each]
         yield ["create", name, table]
