@@ -236,6 +236,23 @@ def test_many_requests_in_flight_are_all_answered(rig, client):
     sender.join()
 
 
+def test_writes_that_arrive_together_land_in_their_order(rig, client, seed):
+    """Short ones are prepared together, long ones done in pieces; they overlap."""
+    print("seed", seed)
+    dice = random.Random(seed)
+    rig.snap(cow_sectors=4 * SECTORS)
+    for name in ("snap", "base"):
+        dev, model = client(name), bytearray(rig.before)
+        for _ in range(40):
+            writes = [dice.choice((512, 4096, 8192, 600_000)) for _ in range(8)]
+            for length in writes:
+                offset, data = 512 * dice.randrange(2000), dice.randbytes(length)
+                dev.send(WRITE, offset, length, data)
+                model[offset : offset + length] = data
+            assert [dev.answer()[0] for _ in writes] == [0] * 8
+        assert dev.ask(READ, 0, len(model)) == (0, bytes(model))
+
+
 def test_suspend_makes_requests_wait_and_not_fail(rig, client):
     base = client("base")
     rig.dm.suspend("base")
