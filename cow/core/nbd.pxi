@@ -388,7 +388,7 @@ cdef inline uint64_t nbd_piece(uint64_t offset, uint64_t length) noexcept nogil:
 
 
 cdef int nbd_write_pieces(nbd_connection *c, nbd_request *r) noexcept nogil:
-    """WRITE while the data still comes; an error is answered at the end. 1: the client has gone."""
+    """WRITE while the data still comes, with one answer at the end; 1 if the client has gone."""
     cdef nbd_request piece = r[0]
     cdef uint64_t end = r.offset + r.length
     cdef int received, rc = nbd_refuse(c, r)
