@@ -54,6 +54,12 @@ MERGE = [
     ["reload", "base", f"0 {SECTORS} snapshot-merge %base-real @c0 P 0"],
     ["resume", "base"],
 ]
+SLOWLY = [
+    ["reload", "base-real", f"0 {SECTORS} delay @b 0 0 @b 0 1"],
+    ["resume", "base-real"],
+]
+"""A write to the origin takes a millisecond from now on."""
+
 GO_ON_MERGING = [
     STACK[0],
     ["create", "s1", f"0 {SECTORS} snapshot %base-real @c1 P 0"],

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import count
 
@@ -23,7 +24,9 @@ from .sides import (
     GO_ON_MERGING,
     MERGE,
     MERGED,
+    SLOWLY,
     STACK,
+    Contents,
     Ours,
     Step,
     Theirs,
@@ -37,6 +40,7 @@ from .sides import (
     nothing_written,
     random_stack,
     random_writes,
+    words,
 )
 from .uml import Kernel
 
@@ -48,11 +52,11 @@ def victim(
     stack: list[Step],
     writes: list[Write],
     durability: str,
-    merge_to: int | None = None,
+    after: float | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that works through cow; it is killed at the end of the block.
 
-    Or it kills itself in the middle of a merge, when the store is down to `merge_to` sectors.
+    Or it kills itself `after` so many seconds of a merge.
     """
     job = folder / "victim.json"
     paths = {name: str(path) for name, path in images.items()}
@@ -63,8 +67,8 @@ def victim(
                 "durability": durability,
                 "steps": stack,
                 "writes": writes,
-                "merge": [] if merge_to is None else MERGE,
-                "left": merge_to,
+                "merge": [] if after is None else [*SLOWLY, *MERGE],
+                "after": after,
             }
         )
     )
@@ -87,26 +91,24 @@ def acknowledged(line: str) -> int:
     return int(line.split()[1])
 
 
-def allocated(writes: list[Write], chunk: int) -> int:
-    """Return the sectors that writes take in the store of s0; one record is 16 bytes."""
-    chunks = {
-        number
-        for name, first, count, _ in writes
-        for number in range(first // chunk, (first + count - 1) // chunk + 1)
-        if name in ("base", "s0")
-    }
-    return in_use(len(chunks), chunk)
+def chunks_of_s0(writes: list[Write], chunk: int) -> int:
+    """Count the chunks that writes put into the store of s0."""
+    return len(
+        {
+            number
+            for name, first, count, _ in writes
+            for number in range(first // chunk, (first + count - 1) // chunk + 1)
+            if name in ("base", "s0")
+        }
+    )
 
 
-def in_use(exceptions: int, chunk: int) -> int:
-    return (2 + exceptions + exceptions // (32 * chunk)) * chunk
-
-
-def note_cut(whose: str, image: Path, began: int) -> None:
-    """Note how far a merge of a store with so many sectors had come when it was cut short."""
-    store = cow.store.open(str(image))
-    left = in_use(store.nr_exceptions, store.chunk_size)
-    how = "over" if not store.nr_exceptions else "not begun" if left >= began else "under way"
+def note_cut(whose: str, images: dict[str, Path], before: Contents) -> None:
+    """Note how far a merge had come when it was cut short."""
+    if np.array_equal(words(images["b"].read_bytes()), before["base"]):
+        how = "not begun"
+    else:
+        how = "under way" if cow.store.open(str(images["c0"])).nr_exceptions else "over"
     count(f"merges of {whose} cut short: {how}")
 
 
@@ -160,11 +162,10 @@ def test_the_kernel_ends_a_merge_that_cow_was_killed_in(judge, seed, number):
     writes = random_writes(rng, 400)
     before = apply(nothing_written(), writes)
     chunk = rng.choice(CHUNKS)
-    began = allocated(writes, chunk)
-    left = rng.randint(2 * chunk, began)
-    with victim(folder, images, random_stack(rng, chunk), writes, "process", left) as process:
+    after = rng.random() * 0.0007 * chunks_of_s0(writes, chunk)
+    with victim(folder, images, random_stack(rng, chunk), writes, "process", after) as process:
         assert process.wait() == -signal.SIGKILL
-    note_cut("cow", images["c0"], began)
+    note_cut("cow", images, before)
     with Theirs(judge.running(), images, judge.folder) as kernel:
         kernel.run([*GO_ON_MERGING, MERGED])
         check_merged(kernel, before)
@@ -179,13 +180,13 @@ def test_cow_ends_a_merge_that_the_kernel_was_killed_in(judge, seed, number):
     before = apply(nothing_written(), writes)
     kernel = Kernel(judge.folder)
     chunk = rng.choice(CHUNKS)
-    began = allocated(writes, chunk)
-    wait = ["mergeto", "base", rng.randint(2 * chunk, began)]
+    chunks = rng.randint(2, 2 + chunks_of_s0(writes, chunk))
+    wait = ["mergeto", "base", chunks * chunk]
     steps = [*random_stack(rng, chunk), ["work", kernel_writes(writes)], *MERGE, wait]
     kernel.start(images, steps)
     kernel.hear("@merging")
     kernel.kill()
-    note_cut("the kernel", images["c0"], began)
+    note_cut("the kernel", images, before)
     with Ours(images) as ours:
         ours.run([*GO_ON_MERGING, MERGED])
         check_merged(ours, before)
