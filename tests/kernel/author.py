@@ -460,9 +460,9 @@ class Author:
         yield ["remove", name]
 
     def stack_snapshot(self) -> Iterator[Step]:
-        """Put a snapshot on a snapshot."""
-        cows, target = self.free_cows(), self.one()
-        if not cows or target is None or "t" in self.model.devices:
+        """Put a snapshot on a snapshot; not over a bad place, which costs ours both."""
+        cows, target, bad = self.free_cows(), self.one(), places.bad_range(self.pieces)
+        if not cows or target is None or bad or "t" in self.model.devices:
             return
         name, rng = target.device.label, self.rng
         cow = self.word(self.bed(rng.choice(cows)))
