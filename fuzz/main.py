@@ -1,6 +1,7 @@
 """Run one harness under the libFuzzer inside Atheris: main.py NAME [OPTION or CORPUS]…
 
-Each module fuzz_NAME here has a function `run(data)`; `make fuzz` runs them all. A saved input is run again by naming it: main.py NAME FILE.
+Each module fuzz_NAME here has a function `run(data)`; `make fuzz` runs them all. A saved input is
+run again by naming it: main.py NAME FILE.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import cow._core
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = os.environ.get("COW_BUILD") or "release"
+OPTIONS = ("ASAN_OPTIONS", "TSAN_OPTIONS", "PYTHONMALLOC")
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
@@ -48,8 +50,12 @@ def preload_pythons(libraries: str) -> Callable[[], None]:
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     python = folder / "python"
+    # What starts a Python for a test may have cleaned the environment.
+    options = " ".join(
+        f"{name}={shlex.quote(os.environ[name])}" for name in OPTIONS if name in os.environ
+    )
     python.write_text(
-        f"#!/bin/sh\nPYTHONPATH='{folder}':$PYTHONPATH LD_PRELOAD='{libraries}' "
+        f"#!/bin/sh\n{options} PYTHONPATH='{folder}':$PYTHONPATH LD_PRELOAD='{libraries}' "
         f"exec '{sys.executable}' \"$@\"\n"
     )
     python.chmod(0o755)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import SECTOR, Rig, image, stamp
+from support import SECTOR, Rig, image, refused, stamp
 
 import cow
 
@@ -42,14 +42,6 @@ def rig(dm, tmp_path):
     rig = Rig(dm, tmp_path)
     rig.snap()
     return rig
-
-
-def refused(call, *args, **kwargs) -> int:
-    """Return the errno with which `call` fails."""
-    with pytest.raises(OSError) as caught:
-        call(*args, **kwargs)
-    assert caught.value.errno is not None
-    return caught.value.errno
 
 
 # --- buffers ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import SECTOR, Rig, image, poll, stamp, wait_merge
+from support import SECTOR, Rig, image, poll, refused, stamp, wait_merge
 from support.crash import FLUSH, read_log
 from support.fuse import fallocate, mounts, need_fuse, need_root
 from support.libc_faults import MEMORY, LibcFaults
@@ -66,13 +66,6 @@ def opened():
     for file in files:
         with contextlib.suppress(OSError):
             os.close(file)
-
-
-def refused(call, *args, **kwargs) -> int | None:
-    """Return the errno with which `call` fails."""
-    with pytest.raises(OSError, match="Errno") as caught:
-        call(*args, **kwargs)
-    return caught.value.errno
 
 
 def beside(call, *args) -> threading.Thread:

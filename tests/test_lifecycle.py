@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SECTOR, Rig, image, stamp
+from support import SECTOR, Rig, image, refused, stamp
 
 import cow
 
@@ -26,14 +26,6 @@ def dm():
 @pytest.fixture
 def rig(dm, tmp_path):
     return Rig(dm, tmp_path)
-
-
-def refused(call, *args, **kwargs) -> int:
-    """Return the errno with which `call` fails."""
-    with pytest.raises(OSError) as caught:
-        call(*args, **kwargs)
-    assert caught.value.errno is not None
-    return caught.value.errno
 
 
 class Waiter:

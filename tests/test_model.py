@@ -441,10 +441,7 @@ class Author:
 
     def again(self, target: Snapshot, letter: str) -> str:
         """Return a table for the COW device of `target` once more, with other words around it."""
-        if letter == "N":
-            chunk = target.store.chunk
-        else:
-            chunk = self.rng.choice((0, *CHUNKS))
+        chunk = target.store.chunk if letter == "N" else self.rng.choice((0, *CHUNKS))
         return (
             f"0 {target.length} snapshot {target.origin.label} {target.cow.label} "
             f"{letter} {chunk}{self.features()}"

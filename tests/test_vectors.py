@@ -15,6 +15,7 @@ from support import (
     image,
     merge_is_over,
     poll,
+    refused,
     stamp,
     store_bytes,
     wait_merge,
@@ -32,14 +33,6 @@ def dm():
 @pytest.fixture
 def rig(dm, tmp_path):
     return Rig(dm, tmp_path)
-
-
-def refused(call, *args) -> int:
-    """Return the errno with which `call` fails."""
-    with pytest.raises(OSError) as caught:
-        call(*args)
-    assert caught.value.errno is not None
-    return caught.value.errno
 
 
 # --- V1, V2: a fresh store ----------------------------------------------------------------------
@@ -168,10 +161,10 @@ def fill_up(rig: Rig, words: str) -> None:
     while True:
         try:
             rig.write("snap", 8 * chunk)
-        except OSError as error:
-            assert error.errno == errno.EIO
-            return
+        except cow.CowError:
+            break
         chunk += 1
+    assert refused(rig.write, "snap", 8 * chunk) == errno.EIO
 
 
 @pytest.mark.parametrize("words", ["P 8", "PO 8"])

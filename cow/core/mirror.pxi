@@ -14,37 +14,37 @@ cdef int mirror_map(target *t, bio *b, uint64_t offset, uint64_t length) noexcep
 cdef int mirror_map_one(mirror *m, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
     """Send a request to the first leg that is good, and then to the next if it fails there."""
     cdef bio before = b[0]
-    cdef leg *l
+    cdef leg *one
     cdef int i, rc
     for i in range(m.nr_legs):
-        l = &m.legs[i]
-        if port_load32(&l.failed):
+        one = &m.legs[i]
+        if port_load32(&one.failed):
             continue
         if i and not mirror_in_sync(m, offset, length):
             break
         b[0] = before
-        rc = device_map(l.dev, b, l.start + offset, length)
+        rc = device_map(one.dev, b, one.start + offset, length)
         if rc != -EIO or b.op != READ:
             return rc
-        leg_fail(m, l, LEG_READ)
+        leg_fail(m, one, LEG_READ)
     return -EIO
 
 
 cdef int mirror_map_all(mirror *m, bio *b, uint64_t offset, uint64_t length) noexcept nogil:
     """Send a request to every leg. What stops at one of them starts again at all."""
     cdef bio before = b[0], done
-    cdef leg *l
+    cdef leg *one
     cdef int i, rc
     before.place = False            # data placed for one leg would not reach the others
     for i in range(m.nr_legs):
-        l = &m.legs[i]
+        one = &m.legs[i]
         b[0] = before
-        rc = device_map(l.dev, b, l.start + offset, length)
+        rc = device_map(one.dev, b, one.start + offset, length)
         if rc > 0:
             b.done = before.done
             return rc
         if rc == -EIO and b.op != DISCARD:
-            leg_fail(m, l, <uint32_t>(LEG_FLUSH if b.op == FLUSH else LEG_WRITE))
+            leg_fail(m, one, <uint32_t>(LEG_FLUSH if b.op == FLUSH else LEG_WRITE))
         if rc and (i == 0 or b.op == DISCARD):
             return rc
         if rc:
@@ -55,10 +55,10 @@ cdef int mirror_map_all(mirror *m, bio *b, uint64_t offset, uint64_t length) noe
     return 0
 
 
-cdef void leg_fail(mirror *m, leg *l, uint32_t kind) noexcept nogil:
-    cdef uint32_t failed = port_load32(&l.failed)
+cdef void leg_fail(mirror *m, leg *one, uint32_t kind) noexcept nogil:
+    cdef uint32_t failed = port_load32(&one.failed)
     if failed & kind == 0:
-        port_store32(&l.failed, failed | kind)
+        port_store32(&one.failed, failed | kind)
         if m.owner != NULL:
             device_event(m.owner)
 

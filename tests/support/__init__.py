@@ -163,6 +163,18 @@ def poll(done: Callable[[], Any], seconds: float = 60.0) -> Any:
     return answer
 
 
+def refused(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Return the errno with which `call` fails; fail where it does not."""
+    try:
+        call(*args, **kwargs)
+    except OSError as error:
+        number = error.errno
+    else:
+        raise AssertionError("nothing was refused")
+    assert number is not None
+    return number
+
+
 def merge_is_over(status: str) -> bool:
     """Tell from a status line whether its merge is done, failed or has nothing to do."""
     text = status.split(" ", 3)[3]
