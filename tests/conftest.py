@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import COUNTED
+from support.faults import disk, failing  # noqa: F401  (fixtures)
 
 import cow._core
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -229,10 +228,15 @@ class _OrRemove:
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         if kind is None:
             return
-        with suppress(CowError), self._group.change(f"lvremove {self._lv}") as new:
-            found = new.lv_with_id(self._lv.id)
-            if found is not None and not found.is_cow:
-                new.lvs.remove(found)
+        try:
+            with self._group.change(f"lvremove {self._lv}") as new:
+                found = new.lv_with_id(self._lv.id)
+                if found is not None and not found.is_cow:
+                    new.lvs.remove(found)
+        except CowError:
+            self._group.report(
+                "Manual intervention may be required to remove abandoned LV(s) before retrying."
+            )
 
 
 def _is_marked_invalid(cow: LogicalVolume) -> bool:
