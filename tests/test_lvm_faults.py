@@ -152,15 +152,16 @@ def test_a_vg_on_a_full_disk_says_so_and_stays_as_it_was(disk):
         with lvm.VolumeGroup.open([path]) as vg:
             assert vg_section(vg.metadata) == before
             generations = [before]
+            code = 0
             try:
                 for number in range(8):
                     vg.create_lv(f"lv{number}", extents=1, tags=["t" * 200])
                     generations.append(vg_section(vg.metadata))
             except lvm.LVMError as error:
-                assert error.errno == errno.ENOSPC
-                refused += 1
-            else:
-                done += 1
+                code = error.errno
+            assert code in (0, errno.ENOSPC)
+            done += not code
+            refused += bool(code)
             assert vg_section(vg.metadata) == generations[-1]
         with lvm.VolumeGroup.open([path]) as vg:
             assert vg_section(vg.metadata) == generations[-1]
@@ -187,10 +188,13 @@ def test_a_snapshot_of_an_lv_on_a_full_disk_costs_no_more_than_itself(disk):
             vg.activate()
             said: list[str] = []
             vg.report = said.append
+            code = 0
             try:
                 vg.create_snapshot("org", "s1", extents=6)
             except cow.CowError as error:
-                assert error.errno == errno.ENOSPC
+                code = error.errno
+            assert code in (0, errno.ENOSPC)
+            if code:
                 # With no room for another generation the LV that was made for it stays.
                 left = [lv.name for lv in vg.lvs()] == ["org", "s1"]
                 assert left == (ABANDONED in said)

@@ -369,6 +369,37 @@ def test_discards_beside_writers_and_readers_zero_nothing_else(dm, tmp_path):
             check_numbers(data, first)
 
 
+def test_a_mirror_whose_leg_fails_under_writers_and_readers_loses_nothing(dm, tmp_path):
+    """The mirror carries an origin; its second leg fails, and is brought in sync afterwards."""
+    before = stamp(0, SECTORS, 0)
+    legs = [image(tmp_path / f"{name}.img", before) for name in "ab"]
+    store = image(tmp_path / "snap.cow", 4 * SECTORS)
+    dm.create("leg", f"0 {SECTORS} linear {legs[1]} 0")
+    dm.create("m", f"0 {SECTORS} mirror core 2 64 nosync 2 {legs[0]} 0 leg 0 1 handle_errors")
+    snap = dm.create("snap", f"0 {SECTORS} snapshot m {store} P 8")
+    base = dm.create("base", f"0 {SECTORS} snapshot-origin m")
+    with Crew() as crew:
+        writers = Writers(crew, base)
+        crew.start(read_on, crew, snap)
+        crew.start(read_live, crew, base)
+        writers.wait_for_more(20)
+        dm.load("leg", f"0 {SECTORS} error")
+        dm.resume("leg")
+        writers.wait_for_more()
+        assert "AD" in dm.status("m").split()
+        dm.suspend("m")
+        dm.load("leg", f"0 {SECTORS} linear {legs[1]} 0")
+        dm.resume("leg")
+        dm.resume("m")
+        assert "AA" in dm.status("m").split()
+        writers.wait_for_more()
+    expected = writers.expected(before)
+    assert base.pread(SECTORS * SECTOR, 0) == expected
+    assert snap.pread(SECTORS * SECTOR, 0) == before
+    for leg in legs:
+        assert (tmp_path / leg).read_bytes() == expected
+
+
 def test_devices_come_and_go_while_others_work(rig):
     def come_and_go(crew: Crew, number: int) -> None:
         path = image(rig.folder / f"extra{number}.img", stamp(0, 64, number))
