@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 from support import SECTOR, count, image, stamp
 from support.crash import (
+    CHUNKS,
     COW_SECTORS,
     LONG,
     ORIGIN_SECTORS,
     Nursery,
     Operation,
     Work,
+    open_store,
     operations,
     table_of,
 )
@@ -51,7 +53,7 @@ class Judge:
         self.durability = durability
         contents = stamp(0, ORIGIN_SECTORS, 7)
         image(folder / "origin.img", contents)
-        # One store is a sparse file, whose holes are written by other means.
+        # One store is a sparse file, whose holes are written by other means; the other one grows.
         image(folder / "snap1.cow", 0)
         os.truncate(folder / "snap1.cow", COW_SECTORS * SECTOR)
         self.contents = {name: np.frombuffer(contents, "u1").copy() for name in ("base", "snap1")}
@@ -60,7 +62,7 @@ class Judge:
 
     def new_snapshot(self) -> None:
         """Let snap0 be a fresh snapshot of what the origin shows now."""
-        image(self.folder / "snap0.cow", COW_SECTORS)
+        image(self.folder / "snap0.cow", CHUNKS["snap0"])
         self.contents["snap0"] = self.contents["base"].copy()
 
     def work(self, seed: int, stream: str) -> Work:
@@ -91,6 +93,7 @@ class Judge:
         """
         plain = self.work(0, "all")._replace(merging=False)
         with cow.Mapper(durability=self.durability) as dm:
+            open_store(dm, plain)
             dm.create("base-real", table_of(plain, "base-real"))
             for name in ("snap0", "snap1"):
                 dm.create(name, table_of(plain, name))
@@ -130,6 +133,7 @@ class Judge:
         """Finish the merge that was cut short, and begin anew with a fresh snapshot."""
         work = self.work(0, "all")
         with cow.Mapper(durability=self.durability) as dm:
+            open_store(dm, work)
             for name in ("base-real", "snap1", "base"):
                 dm.create(name, table_of(work, name))
             self.compare(dm, "base", self.contents["base"], f"{where}: merging")

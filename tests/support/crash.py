@@ -307,7 +307,13 @@ def devices_of(work: Work) -> list[str]:
     return ["base-real", *snapshots, "base"]
 
 
+def open_store(dm: Any, work: Work) -> None:
+    """Open the store of snap0, a file that grows as it fills."""
+    dm.image(f"{work.folder}/snap0.cow", size=COW_SECTORS * SECTOR)
+
+
 def open_devices(dm: Any, work: Work) -> None:
+    open_store(dm, work)
     for name in devices_of(work):
         dm.create(name, table_of(work, name))
 
