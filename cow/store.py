@@ -306,6 +306,8 @@ def repair(
         _write_store(store, kept, os.fspath(output), progress)
     except FileExistsError as error:
         raise StoreError(f"{output}: exists already", errno.EEXIST) from error
+    except StoreError:
+        raise
     except OSError as error:
         raise StoreError(f"{output}: cannot write: {error.strerror}", error.errno) from error
     return Repair(len(kept), findings)
@@ -333,20 +335,32 @@ def _write_store(
         with _File(store.path) as source:
             for i, (old, new) in enumerate(zip(exceptions[:, 1], new_chunks, strict=True)):
                 data = source.pread(chunk_bytes, int(old) * chunk_bytes)
-                os.pwrite(file, data, int(new) * chunk_bytes)
+                if len(data) < chunk_bytes:
+                    text = f"{store.path}: cut short while it was read"
+                    raise StoreError(text, errno.EIO)
+                _pwrite(file, data, int(new) * chunk_bytes)
                 if progress:
                     progress(i + 1, len(exceptions))
         for area, content in enumerate(records.reshape(-1, per_area * 2)):
-            os.pwrite(file, content.tobytes(), area_location(area, store.chunk_size) * chunk_bytes)
+            _pwrite(file, content.tobytes(), area_location(area, store.chunk_size) * chunk_bytes)
         os.fsync(file)
         header = HEADER.pack(MAGIC, 1, VERSION, store.chunk_size)
-        os.pwrite(file, header.ljust(chunk_bytes, b"\0"), 0)
+        _pwrite(file, header.ljust(chunk_bytes, b"\0"), 0)
         os.fsync(file)
     except BaseException:
         os.unlink(output)
         raise
     finally:
         os.close(file)
+
+
+def _pwrite(file: int, data: bytes, offset: int) -> None:
+    """Write all of `data`: a disk that gets full, or a signal, may cut a write short."""
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(file, left, offset)
+        left = left[done:]
+        offset += done
 
 
 class _File:

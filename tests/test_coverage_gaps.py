@@ -708,3 +708,25 @@ def test_repair_that_cannot_write_leaves_nothing_behind(tmp_path):
 def test_repair_refuses_a_chunk_size_that_is_none(tmp_path):
     path = image(tmp_path / "s.cow", bytes(store_bytes([(5, 2)], 8)))
     refusal(errno.EINVAL, cow.store.repair, path, tmp_path / "new.cow", chunk_size=7)
+
+
+def test_repair_of_a_store_cut_meanwhile_leaves_nothing_behind(tmp_path):
+    path = image(tmp_path / "a.cow", bytes(store_bytes([(0, 2), (1, 3), (2, 4)])))
+
+    def cut(done: int, total: int) -> None:
+        os.truncate(path, 4 * 4096 + 512)
+
+    refusal(errno.EIO, cow.store.repair, path, tmp_path / "new.cow", progress=cut)
+    assert not (tmp_path / "new.cow").exists()
+
+
+def test_repair_goes_on_after_a_write_that_was_cut_short(tmp_path, monkeypatch):
+    records = [(0, 2), (1, 3), (2, 4)]
+    store = store_bytes(records)
+    for _, new in records:
+        store[new * 4096 : (new + 1) * 4096] = stamp(new * 8, 8, 5)
+    path = image(tmp_path / "a.cow", bytes(store))
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: whole(file, data[:1000], at))
+    assert cow.store.repair(path, tmp_path / "new.cow").kept == 3
+    assert (tmp_path / "new.cow").read_bytes() == store

@@ -223,6 +223,23 @@ def test_a_snapshot_dropped_on_a_full_disk_is_dropped_on_the_disk_too(disk, tmp_
     assert store_header(Path(store).read_bytes())[1] == 0
 
 
+def test_a_repair_on_a_full_disk_is_whole_or_leaves_nothing(disk, tmp_path):
+    store = sound_store(16, [(3, 2), (4, 4), (0, 5)])
+    path = image(tmp_path / "a.cow", bytes(store))
+    for free in range(disk.pages):
+        count("runs on a full disk")
+        disk.clear()
+        disk.fill(free)
+        output = disk.folder / "new.cow"
+        if attempt(cow.store.repair, path, output):
+            assert free > 6
+            assert cow.store.check(output) == []
+            assert expected(output.read_bytes()) == expected(bytes(store))
+            return
+        assert not output.exists()
+    pytest.fail("no run was clean")
+
+
 def test_a_growing_image_that_may_not_grow_is_an_error_of_the_request(tmp_path, dm):
     path = image(tmp_path / "a.img", 16)
     dm.image(path, size=1 << 20)
