@@ -549,6 +549,20 @@ def test_a_deferred_removal_is_done_at_the_last_close(rig, mounted):
     assert not (mounted / "dev").exists()
 
 
+def test_an_image_cut_while_it_is_mounted_fails_what_it_lost(rig, mounted, opened):
+    rig.snap()
+    base, snap = opened(mounted / "base"), opened(mounted / "snap")
+    os.pwrite(base, b"x" * 4096, 0)
+    os.truncate(rig.origin, SIZE // 2)
+    for file in (base, snap):
+        assert refused(os.pread, file, 4096, SIZE // 2) == errno.EIO
+        assert os.pread(file, 4096, SIZE // 2 - 4096) == rig.before[SIZE // 2 - 4096 : SIZE // 2]
+    assert os.pwrite(base, b"y" * 4096, 4096) == 4096
+    assert os.pread(snap, 8192, 0) == rig.before[:8192]
+    assert refused(os.pwrite, base, b"y" * 4096, SIZE // 2) == errno.EIO
+    assert os.stat(rig.origin).st_size == SIZE // 2
+
+
 def test_a_killed_program_lets_go_of_its_device(rig, mounted):
     rig.dm.create("dev", "0 8 zero")
     with open(mounted / "dev", "rb") as file:

@@ -290,6 +290,23 @@ def test_a_client_killed_in_the_middle_of_a_write_harms_nobody(rig, client):
     assert other.ask(READ, 0, 4096) == (0, rig.before[:4096])
 
 
+def test_an_image_cut_while_it_is_served_fails_what_it_lost(rig, client):
+    rig.snap()
+    other = client("snap")
+    base = client("base")
+    assert base.ask(WRITE, 0, 4096, b"x" * 4096) == (0, b"")
+    os.truncate(rig.origin, SECTORS * SECTOR // 2)
+    half = SECTORS * SECTOR // 2
+    for each in (base, other):
+        each.send(READ, half, 4096)
+        assert each.answer(0) == (errno.EIO, b"")
+        assert each.ask(READ, half - 4096, 4096) == (0, rig.before[half - 4096 : half])
+    assert base.ask(WRITE, 4096, 4096, b"y" * 4096) == (0, b"")
+    assert other.ask(READ, 0, 8192) == (0, rig.before[:8192])
+    assert base.ask(WRITE, half, 4096, b"y" * 4096) == (errno.EIO, b"")
+    assert os.stat(rig.origin).st_size == half
+
+
 @pytest.mark.parametrize("step", ["flags", "option", "info", "transmission"])
 def test_garbage_ends_that_connection_alone(rig, client, step, seed):
     print("seed", seed)
