@@ -222,10 +222,12 @@ cdef class BlockDevice:
         cdef int rc
         while True:
             with nogil:
+                port_use_begins()
                 port_read_lock(&self.d.gate.lock)
                 seen = port_event_count(&self.d.gate.changes)
                 rc = operation_run(&self.d, o)
                 port_read_unlock(&self.d.gate.lock)
+                port_use_ends()
             if rc == 0:
                 return 0
             if rc < 0:

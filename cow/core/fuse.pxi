@@ -348,6 +348,7 @@ cdef int fuse_reply(
     head.len = <uint32_t>(FUSE_OUT_HEADER + (answered if rc == 0 else 0))
     head.error = rc
     head.unique = (<fuse_in_header *>message).unique
+    port_fuse_answer()
     if write(c.fd, reply, head.len) < 0 and errno == ENODEV:
         return -ENODEV
     return 0                        # ENOENT: nobody waits for it any more
@@ -457,6 +458,7 @@ cdef int fuse_receive(fuse_connection *c, int wake, uint8_t *message) noexcept n
     while not port_load32(&c.stopping):
         n = read(c.fd, message, FUSE_WRITE_DATA + FUSE_PAYLOAD)
         if n > 0:
+            port_fuse_request()
             return 1
         if n == 0 or errno == ENODEV:
             return 0

@@ -148,6 +148,30 @@ static inline void port_store32(uint32_t *p, uint32_t v)
 	__atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
+/* The kernel orders what passes through a FUSE mount: a request comes after whatever its caller has
+ * done before, and after the answer comes whatever the caller does next. Where caller and server
+ * are threads of one process, as in the tests, the thread sanitizer does not see that; so it is
+ * told where others use a device, and where a request has come and is answered. */
+#ifdef __SANITIZE_THREAD__
+void __tsan_acquire(void *address);
+void __tsan_release(void *address);
+static char port_asked, port_answered;
+
+static inline void port_use_begins(void) { __tsan_acquire(&port_answered); }
+static inline void port_use_ends(void) { __tsan_release(&port_asked); }
+static inline void port_fuse_request(void)
+{
+	__tsan_acquire(&port_asked);
+	__tsan_acquire(&port_answered);
+}
+static inline void port_fuse_answer(void) { __tsan_release(&port_answered); }
+#else
+static inline void port_use_begins(void) {}
+static inline void port_use_ends(void) {}
+static inline void port_fuse_request(void) {}
+static inline void port_fuse_answer(void) {}
+#endif
+
 /* Big-endian numbers of the wire, at any address. */
 static inline uint64_t port_get_be(const uint8_t *p, int size)
 {

@@ -28,6 +28,10 @@ cdef extern from "port.h" nogil:
     void port_rwlock_destroy(port_rwlock *l)
     void port_read_lock(port_rwlock *l)
     void port_read_unlock(port_rwlock *l)
+    void port_use_begins()
+    void port_use_ends()
+    void port_fuse_request()
+    void port_fuse_answer()
     void port_write_lock(port_rwlock *l)
     void port_write_unlock(port_rwlock *l)
 

@@ -15,9 +15,10 @@ from typing import Final
 
 from cow import _core
 from cow.lvm.devices import Devices
-from cow.lvm.errors import LVMError
+from cow.lvm.errors import LVMError, MetadataError
 from cow.lvm.label import SECTORS, checksum
 from cow.lvm.mda import HEADER_SIZE, MAGIC
+from cow.lvm.text import parse
 from cow.mapper import Mapper
 from cow.units import SECTOR_SIZE
 
@@ -50,6 +51,7 @@ class Area:
     size: int
     committed: tuple[int, int, int] = (0, 0, 0)
     """Offset, size and checksum of the text."""
+    ignored: bool = False
 
 
 @dataclass
@@ -178,8 +180,12 @@ def _area(dump: Dump, area: Area) -> None:
     if magic != MAGIC:
         dump.lines.append(f"CHECK: {name}.magic expected 0x{MAGIC.hex()}")
     dump.check(f"{name}.version", version, 1)
-    dump.check(f"{name}.start", start, area.start)
-    dump.check(f"{name}.size", size, area.size)
+    for what, found, wanted in (("start", start, area.start), ("size", size, area.size)):
+        if found != wanted:
+            of_label = "offset" if what == "start" else what
+            dump.lines.append(
+                f"CHECK: {name}.{what} does not match pv_header.disk_locn.{of_label} {wanted}"
+            )
     for slot, comment in enumerate(("commit", "precommit")):
         _slot(dump, area, f"{name}.raw_locn[{slot}]", data, 40 + 24 * slot, comment)
     _text_line(dump, area)
@@ -196,6 +202,9 @@ def _slot(dump: Dump, area: Area, name: str, data: bytes, at: int, comment: str)
     dump.value(f"{name}.flags", f"{flags:#x}{ignored}")
     if comment == "commit":
         area.committed = (offset, size, crc)
+        area.ignored = bool(flags & 1)
+    elif offset or size or crc or flags:
+        dump.lines.append(f"CHECK: {name} for precommit not empty")
 
 
 def area_text(dump: Dump, area: Area) -> bytes:
@@ -210,17 +219,23 @@ def area_text(dump: Dump, area: Area) -> bytes:
 
 def _text_line(dump: Dump, area: Area) -> None:
     text = area_text(dump, area)
-    offset, _, crc = area.committed
-    if not offset:
+    offset, size, crc = area.committed
+    if not offset or area.ignored:
         return
-    found = _COPY.match(text)
-    shown = f" # vgname {found[1].decode()} seqno {int(found[3])}" if found else ""
-    dump.lines.append(f"metadata text at {area.start + offset} crc {crc:#x}{shown}")
+    where = f"metadata text at {area.start + offset}"
     if checksum(text) != crc:
         dump.lines.append(
-            f"CHECK: metadata text at {area.start + offset} crc does not match"
-            f" mda_header_{area.number}.raw_locn[0].checksum"
+            f"CHECK: {where} crc does not match mda_header_{area.number}.raw_locn[0].checksum"
         )
+    found = _COPY.match(text)
+    try:
+        parse(text.partition(b"\0")[0])
+    except MetadataError:
+        found = None
+    if found is None:
+        dump.lines.append(f"CHECK: failed to parse {where} size {size}")
+    name, seqno = (found[1].decode(), int(found[3])) if found else ("?", 0)
+    dump.lines.append(f"{where} crc {checksum(text):#x} # vgname {name} seqno {seqno}")
 
 
 def metadata(device: _core.BlockDevice) -> tuple[list[str], bytes]:
