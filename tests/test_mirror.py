@@ -307,3 +307,69 @@ def test_a_discard_goes_to_every_leg(legs):
 def test_a_flush_passes_an_error_target(legs):
     legs.create(HALF_BAD, "bad").flush()
     legs.create("0 8 error", "worse").flush()
+
+
+# --- what a log or a leg that fails costs ---------------------------------------------------------
+
+
+def test_a_mirror_that_was_only_suspended_is_not_compared_again(legs):
+    legs.create(NOSYNC)
+    legs.dm.suspend("m")
+    legs.put("b", b"x" * 512)
+    legs.dm.resume("m")
+    assert legs.bytes_of("b")[:512] == b"x" * 512
+
+
+def test_a_log_that_cannot_be_read_keeps_the_mirror_from_going_live(legs):
+    legs.create("0 64 error", "bad")
+    with pytest.raises(cow.ResumeError, match="log of the mirror") as caught:
+        legs.create("0 2048 mirror disk 2 bad 64 2 {a} 0 {b} 0")
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_log_of_another_version_keeps_the_mirror_from_going_live(legs):
+    legs.put("log", struct.pack("<4sIQ", b"rRiM", 3, 32))
+    before = {name: legs.bytes_of(name) for name in legs.paths}
+    with pytest.raises(cow.ResumeError, match="log version 3, not 2"):
+        legs.create(DISK)
+    assert {name: legs.bytes_of(name) for name in legs.paths} == before
+
+
+@pytest.mark.parametrize("fault", ["suspended", "error_writes"])
+def test_a_log_that_was_not_written_at_suspend_has_the_legs_compared(legs, caplog, fault):
+    legs.create("0 64 linear {log} 0", "log")
+    legs.create(DISK.replace("{log}", "log"))
+    if fault == "suspended":
+        legs.dm.suspend("log")
+    else:
+        legs.dm.load("log", legs.fill("0 64 flakey {log} 0 0 1 1 error_writes"))
+        legs.dm.resume("log")
+    legs.dm.suspend("m")
+    assert "not written" in caplog.text
+    assert legs.log_bits()[3] == 0
+    legs.put("b", b"x" * 512)
+    legs.dm.remove("m", force=True)
+    legs.dm.load("log", legs.fill("0 64 linear {log} 0"))
+    legs.dm.resume("log")
+    legs.create(DISK.replace("{log}", "log"))
+    assert legs.bytes_of("b") == legs.bytes_of("a")
+
+
+def test_a_leg_that_cannot_be_brought_in_sync_is_left_out_of_it(legs, caplog):
+    legs.put("a", stamp(0, SECTORS, 1))
+    legs.create("0 2048 error", "bad")
+    m = legs.create("0 2048 mirror core 1 64 2 {a} 0 bad 0")
+    assert "legs not brought in sync" in caplog.text
+    assert legs.dm.status("m").split()[6] == "0/32"
+    assert m.pread(SECTORS * SECTOR, 0) == stamp(0, SECTORS, 1)
+
+
+def test_no_leg_that_may_be_stale_is_read_instead_of_the_first(legs):
+    legs.put("a", stamp(0, SECTORS, 1))
+    legs.create("0 2048 linear {a} 0", "first")
+    legs.create("0 2048 error", "bad")
+    m = legs.create("0 2048 mirror core 1 64 3 first 0 {b} 0 bad 0")
+    legs.dm.load("first", "0 2048 error")
+    legs.dm.resume("first")
+    with pytest.raises(cow.DeviceIOError, match="EIO"):
+        m.pread(SECTOR, 0)
