@@ -174,10 +174,12 @@ cdef int nbd_perform(nbd_connection *c, operation *o) noexcept nogil:
     cdef uint64_t seen
     cdef int rc
     while True:
+        port_use_begins()
         port_read_lock(&g.lock)
         seen = port_event_count(&g.changes)
         rc = operation_run(c.dev, o)
         port_read_unlock(&g.lock)
+        port_use_ends()
         if rc <= 0 or rc == BIO_ENOUGH:
             return rc
         if port_load32(&c.stopping) or nbd_send(c):
