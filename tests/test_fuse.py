@@ -554,6 +554,10 @@ def test_a_deferred_removal_is_done_at_the_last_close(rig, mounted):
     assert not (mounted / "dev").exists()
 
 
+@pytest.mark.skipif(
+    os.environ.get("COW_BUILD") == "tsan",
+    reason="the thread sanitizer does not survive a jump out of a SIGBUS",
+)
 def test_an_image_cut_while_it_is_mounted_fails_what_it_lost(rig, mounted, opened):
     rig.snap()
     base, snap = opened(mounted / "base"), opened(mounted / "snap")
