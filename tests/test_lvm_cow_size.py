@@ -14,6 +14,7 @@ from cow.lvm.cow_size import (
     extend_percent,
     low_water_mark,
     percent_of_origin,
+    shown_percent,
     usage_percent,
     useful_extents,
     useful_sectors,
@@ -88,10 +89,13 @@ def test_a_store_below_three_chunks_is_refused():
         ((16, 16384, 16), "0.00"),
         ((24, 200, 16), "12.00"),
         ((6184, 16384, 40), "37.74"),
+        ((368, 2560, 16), "14.37"),
+        ((1, 1 << 20, 0), "0.01"),
+        (((1 << 20) - 1, 1 << 20, 16), "99.99"),
     ],
 )
 def test_usage_counts_metadata_unless_there_is_nothing_else(usage, expected):
-    assert f"{float(usage_percent(*usage)):.2f}" == expected
+    assert f"{shown_percent(usage_percent(*usage)):.2f}" == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ Sizes are sectors, chunks or extents, as the names say; percentages are whole nu
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
@@ -91,6 +93,48 @@ def cap_extended(
     return most
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What the status of a snapshot or a snapshot-merge target says; sizes are sectors."""
+
+    allocated: int = 0
+    total: int = 0
+    metadata: int = 0
+    problem: str = ""
+    """"Invalid", "Merge failed", "Overflow", "Unknown"; "" if there are numbers."""
+
+    @property
+    def percent(self) -> Fraction:
+        """How full the store is, in percent; one that is lost is full."""
+        if self.problem:
+            return Fraction(100)
+        return usage_percent(self.allocated, self.total, self.metadata)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no exception is left."""
+        return not self.problem and self.allocated == self.metadata
+
+    @property
+    def invalid(self) -> bool:
+        """Whether the snapshot is lost."""
+        return self.problem in ("Invalid", "Overflow")
+
+    @property
+    def merge_failed(self) -> bool:
+        """Whether a merge came to an end before it was done."""
+        return self.problem == "Merge failed"
+
+
+def parse_usage(status: str) -> Usage:
+    """Return what "24/32768 16", or a word in its place, says."""
+    words = status.replace("/", " ").split()
+    if len(words) == 3 and all(word.isdigit() for word in words):
+        allocated, total, metadata = map(int, words)
+        return Usage(allocated, total, metadata)
+    return Usage(problem=status or "Unknown")
+
+
 def usage_percent(allocated: int, total: int, metadata: int) -> Fraction:
     """Return how full a store is, in percent: 0 while it holds no exception.
 
@@ -101,6 +145,22 @@ def usage_percent(allocated: int, total: int, metadata: int) -> Fraction:
     if not total:
         return Fraction(100)
     return Fraction(int(100_000_000 * (allocated / total)), 1_000_000)
+
+
+def shown_percent(percent: Fraction) -> float:
+    """Return what LVM shows: a float of 32 bits; 0 and 100 only where nothing or all is used.
+
+    (dm_percent_to_round_float)
+    """
+    if percent in (0, 100):
+        return float(percent)
+    shown = _single(_single(int(percent * 1_000_000)) / 1_000_000)
+    return min(max(shown, 0.01), 99.99)
+
+
+def _single(value: float) -> float:
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return float(rounded)
 
 
 def extend_percent(usage: Fraction, threshold: int, percent: int) -> int:

@@ -7,35 +7,12 @@ and is removed. In between the dm target works by itself. (tools/lvconvert.c, to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 
 from cow.errors import DeviceNotFound
 from cow.lvm.activation import Activation
-from cow.lvm.cow_size import usage_percent
+from cow.lvm.cow_size import Usage, parse_usage, shown_percent
 from cow.lvm.errors import LVMError
 from cow.lvm.metadata import LogicalVolume
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the status of a snapshot or a snapshot-merge target says; sizes are sectors."""
-
-    allocated: int = 0
-    total: int = 0
-    metadata: int = 0
-    problem: str = ""
-    """"Invalid", "Merge failed", "Overflow"; "" if there are numbers."""
-
-    @property
-    def percent(self) -> Fraction:
-        """How full the store is, in percent."""
-        return usage_percent(self.allocated, self.total, self.metadata)
-
-    @property
-    def empty(self) -> bool:
-        """Whether no exception is left."""
-        return not self.problem and self.allocated == self.metadata
 
 
 def usage_of(activation: Activation, lv: LogicalVolume) -> Usage | None:
@@ -49,11 +26,7 @@ def usage_of(activation: Activation, lv: LogicalVolume) -> Usage | None:
         return None
     if len(words) < 4 or words[2] not in ("snapshot", "snapshot-merge"):
         return None
-    numbers = words[3].replace("/", " ").split()
-    if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
-        return Usage(problem=words[3])
-    allocated, total, metadata = map(int, numbers)
-    return Usage(allocated, total, metadata)
+    return parse_usage(words[3])
 
 
 def merge_is_over(activation: Activation, origin: LogicalVolume) -> bool:
@@ -74,6 +47,4 @@ def report_progress(
     """Say how much is merged, as LVM does."""
     usage = usage_of(activation, origin)
     if usage is not None and not usage.problem:
-        left = usage.percent
-        shown = min(max(float(left), 0.01), 99.99) if 0 < left < 100 else float(left)
-        report(f"{origin}: Merged: {100 - shown:.2f}%")
+        report(f"{origin}: Merged: {shown_percent(100 - usage.percent):.2f}%")

@@ -12,6 +12,7 @@ from cow.lvm.command.options import UsageError
 from cow.lvm.cow_size import DEFAULT_CHUNK, check_chunk_size
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
 from cow.lvm.group import VolumeGroup
+from cow.lvm.merge import report_progress
 from cow.lvm.metadata import LogicalVolume
 from cow.lvm.report.traits import is_merging, layout
 from cow.mapper import Mapper
@@ -137,10 +138,7 @@ def _wait(command: Command, vg: VolumeGroup, lv: LogicalVolume, origin: LogicalV
             with command.shell.waiting():
                 _wait_for_event(command, mapper, seen, interval)
         except TimeoutError:
-            command.changed()
-            usage = command.live.usage(origin)
-            if usage is not None and not usage.problem:
-                command.say(f"{origin}: Merged: {100 - usage.percent:.2f}%")
+            report_progress(vg.activation, origin, command.say)
 
 
 def _report_end(command: Command, lv: LogicalVolume, origin: LogicalVolume) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from cow.lvm.allocation import free_areas
 from cow.lvm.command import reports
 from cow.lvm.command.command import Command
+from cow.lvm.cow_size import shown_percent
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, Segment, VolumeGroupMetadata
 from cow.lvm.names import dashed_id
@@ -153,7 +154,7 @@ def _size_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
     yield f"COW-table LE           {lv.extent_count}"
     usage = command.live.usage(lv)
     if usage is not None and not usage.problem:
-        yield f"Allocated to snapshot  {usage.percent:.2f}%"
+        yield f"Allocated to snapshot  {shown_percent(usage.percent):.2f}%"
     yield f"Snapshot chunk size    {command.size(record.segments[0].chunk_size)}"
 
 

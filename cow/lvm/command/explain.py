@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from cow.errors import CowOSError
 from cow.lvm.command.command import Command
+from cow.lvm.cow_size import shown_percent
 from cow.lvm.errors import LVMError, LVNotFound
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, Segment
@@ -155,7 +156,7 @@ def _usage(command: Command, lv: LogicalVolume) -> str:
     if usage.problem:
         return f"  ({usage.problem})"
     left = "left to merge" if is_merging(lv) else "used"
-    return f"  ({usage.percent:.2f}% {left})"
+    return f"  ({shown_percent(usage.percent):.2f}% {left})"
 
 
 def _why(record: LogicalVolume) -> str:

@@ -10,42 +10,10 @@ from dataclasses import dataclass
 
 from cow.device import DeviceInfo
 from cow.errors import DeviceNotFound
+from cow.lvm.cow_size import Usage, parse_usage
 from cow.lvm.metadata import LogicalVolume
 from cow.lvm.names import dm_uuid
 from cow.mapper import DIRECTORY, Mapper
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How full a COW store is, or in `problem` why that is not known."""
-
-    allocated: int = 0
-    total: int = 0
-    metadata: int = 0
-    """Sectors."""
-    problem: str = ""
-    """Invalid, Overflow, Merge failed, or Unknown."""
-
-    @property
-    def percent(self) -> float:
-        """What LVM shows: 0 and 100 only where nothing or all is used; an invalid store is full."""
-        if self.problem:
-            return 100.0
-        if self.allocated == self.metadata:
-            return 0.0
-        if self.allocated == self.total:
-            return 100.0
-        return min(max(100 * self.allocated / self.total, 0.01), 99.99)
-
-    @property
-    def invalid(self) -> bool:
-        """Whether the snapshot is lost."""
-        return self.problem in ("Invalid", "Overflow")
-
-    @property
-    def merge_failed(self) -> bool:
-        """Whether a merge came to an end before it was done."""
-        return self.problem == "Merge failed"
 
 
 @dataclass(frozen=True)
@@ -61,15 +29,6 @@ class LiveDevice:
             if kind == target:
                 return parse_usage(status)
         return None
-
-
-def parse_usage(status: str) -> Usage:
-    """Return what "24/32768 16", or a word in its place, says."""
-    words = status.replace("/", " ").split()
-    if len(words) == 3 and all(word.isdigit() for word in words):
-        allocated, total, metadata = map(int, words)
-        return Usage(allocated, total, metadata)
-    return Usage(problem=status or "Unknown")
 
 
 class Live:

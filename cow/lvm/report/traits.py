@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from cow.lvm.cow_size import Usage
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, segment_lvs
-from cow.lvm.report.live import LiveDevice, Usage
+from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
 
 MIN_READ_AHEAD: Final = 256

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeAlias
 
+from cow.lvm.cow_size import Usage, shown_percent
 from cow.lvm.metadata import Area, LogicalVolume, PhysicalVolume, Segment
 from cow.lvm.names import dashed_id, dm_name
-from cow.lvm.report.live import LiveDevice, Usage
+from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
 from cow.lvm.report.traits import (
     THIN,
@@ -68,7 +69,7 @@ def _name(row: Row, lv: LogicalVolume | None) -> str:
 
 def _data_percent(row: Row) -> float | None:
     usage = row.live.usage(_lv(row))
-    return usage.percent if usage is not None else None
+    return shown_percent(usage.percent) if usage is not None else None
 
 
 def _snap_percent(row: Row) -> float | None:
