@@ -7,7 +7,6 @@ apart: a client that does not read, or leaves a question open, holds up nobody e
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ Receive = Callable[[], dict[str, Any] | None]
 
 
 class Session:
-    """One command line. `devices` and `lock` are shared by all of a server.
+    """One command line. `devices` are shared by all of a server.
 
     `send` tells whether the message went out; `receive` returns None where the client is gone.
     """
@@ -28,7 +27,6 @@ class Session:
         self,
         mapper: Mapper,
         devices: list[str],
-        lock: threading.RLock,
         *,
         send: Send,
         receive: Receive,
@@ -36,7 +34,6 @@ class Session:
     ) -> None:
         self._mapper = mapper
         self._devices = devices
-        self._lock = lock
         self._send = send
         self._receive = receive
         self._alive = alive
@@ -58,7 +55,6 @@ class Session:
             directory=directory,
             environ=environ,
             devices=self._devices,
-            lock=self._lock,
             # First, so that the client has it when it shows what has begun.
             background=lambda text: self._pending.insert(0, ("background", text)),
             flush=self._flush,

@@ -88,8 +88,6 @@ class Server:
         self.path = protocol.socket_path(path) if listening is None else _path_of(listening)
         self.request_seconds = request_seconds
         self.stopping = threading.Event()
-        self.lvm_lock = threading.RLock()
-        """Keeps LVM's commands apart; those that wait for an answer or a merge do not hold it."""
         self.lvm_devices: list[str] = []
         """The images that LVM's commands have been given, for those that are given none."""
         self._max_clients = max_clients
@@ -356,7 +354,6 @@ class _Client:
         session = Session(
             server.mapper,
             server.lvm_devices,
-            server.lvm_lock,
             send=self._try_to_send,
             receive=self._next_answer,
             alive=lambda: not (server.stopping.is_set() or self.gone()),

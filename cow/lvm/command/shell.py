@@ -44,14 +44,25 @@ class Shell:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     devices: list[str] = field(default_factory=list)
     """Absolute paths that are known from before, for commands that are given none."""
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    """Held by a command that runs, but not while it waits for an answer or a merge."""
     background: Write = lambda text: None
     """Told what goes on if nobody waits for the command any more."""
     flush: Callable[[], None] = lambda: None
     """Passes on what was written; never called with the lock held."""
     alive: Callable[[], bool] = lambda: True
     """Tells whether somebody waits for the command."""
+    lock: threading.RLock = field(init=False)
+    """Held by a command that runs, but not while it waits for an answer or a merge.
+
+    It is that of all changes in the mapper: the monitor of a VG changes nothing under a command.
+    """
+
+    def __post_init__(self) -> None:
+        if self.mapper is None:
+            self.lock = threading.RLock()
+            return
+        from cow.lvm.devices import lock_of
+
+        self.lock = lock_of(self.mapper)
 
     def path(self, name: str) -> str:
         """Return where an image lies: from the directory of the command, not of the process."""
