@@ -245,6 +245,11 @@ def change_lv(
         if lv.writable is old:
             shown = f"{lv} is already writable." if old else f'"{lv}" is already read only.'
             raise LVMError(f"Logical volume {shown}")
+    if lv.is_origin and (policy is not None or read_ahead is not None):
+        raise LVMError(
+            f"Command on LV {lv} uses options that are invalid with LV properties:"
+            f" lv_is_thick_origin .\nCommand not permitted on LV {lv}."
+        )
     if policy is not None:
         check_policy(policy)
         new_policy = None if policy == "inherit" else policy
@@ -319,7 +324,11 @@ def change_vg(
         vg.max_pv = max_pv
     if policy is not None:
         check_policy(policy)
-        vg.allocation_policy = None if policy in ("inherit", "normal") else policy
+        if policy == "inherit":
+            raise LVMError("Volume Group allocation policy cannot inherit from anything")
+        if policy == (vg.allocation_policy or "normal"):
+            raise LVMError(f"Volume group allocation policy is already {policy}")
+        vg.allocation_policy = None if policy == "normal" else policy
     _set_flags(vg.flags, flags)
 
 

@@ -212,12 +212,12 @@ def size_of(
         base = {
             "VG": metadata.extent_count,
             "FREE": metadata.free_extents,
-            "PVS": sum(area.count for area in allocatable_areas(metadata, ranges)),
+            "PVS": extents_of_pvs(metadata, ranges),
         }[amount.percent_of]
         count = base * count // 100
     if count > metadata.free_extents:
         count = metadata.free_extents
-        if amount.percent_of != "FREE":
+        if amount.percent_of not in ("FREE", "PVS"):
             text = f"{amount.extents}%{amount.percent_of}"
             command.say(
                 f"Reducing {text} to remaining free space"
@@ -226,6 +226,13 @@ def size_of(
     if count == 0:
         raise LVMError("Calculated size of logical volume is 0 extents. Needs to be larger.")
     return {"extents": count}
+
+
+def extents_of_pvs(vg: VolumeGroupMetadata, ranges: Sequence[PVRange] | None) -> int:
+    """Return of how many extents %PVS is a part: of those that are free where PVs are named."""
+    if not ranges:
+        return vg.extent_count
+    return sum(area.count for area in allocatable_areas(vg, ranges))
 
 
 def _check_size(command: Command, vg: VolumeGroup, sectors: int) -> None:

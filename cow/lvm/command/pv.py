@@ -13,12 +13,6 @@ from cow.lvm.errors import LVMError, RequestError
 from cow.lvm.pv import PVOptions
 from cow.units import bytes_of
 
-PV_OPTIONS = (
-    "bootloaderareasize=size dataalignment=kibibytes dataalignmentoffset=kibibytes"
-    " labelsector=number M|metadatatype=text metadatacopies=number pvmetadatacopies=number"
-    " metadataignore=yn metadatasize=size Z|zero=yn"
-)
-
 
 def pv_options(command: Command) -> dict[str, object]:
     """Return what the options say about the layout of new PVs, as PVOptions has it."""

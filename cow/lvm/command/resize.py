@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from cow.lvm.allocation import allocatable_areas
 from cow.lvm.command.command import Command
-from cow.lvm.command.create import pv_ranges
+from cow.lvm.command.create import extents_of_pvs, pv_ranges
 from cow.lvm.command.options import ParseError, UsageError
 from cow.lvm.cow_size import percent_of_origin
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
@@ -134,7 +133,7 @@ def _counted(command: Command, vg: VolumeGroup, lv: LogicalVolume, amount: Amoun
         "VG": metadata.extent_count,
         "FREE": metadata.free_extents,
         "LV": lv.extent_count,
-        "PVS": sum(area.count for area in allocatable_areas(metadata, ranges)),
+        "PVS": extents_of_pvs(metadata, ranges),
     }[amount.percent_of]
     wanted = base * count // 100 if amount.sign == "-" else -(-base * count // 100)
     free = metadata.free_extents

@@ -18,10 +18,9 @@ _REPORT: Final = (
     " rows S|select=text separator=text shared O|sort=text unbuffered units=text unquoted"
 )
 _DISPLAY: Final = f"{_REPORT} c|colon C|columns m|maps"
-_PV: Final = (
-    "bootloaderareasize=size dataalignment=kibibytes dataalignmentoffset=kibibytes"
-    " labelsector=number M|metadatatype=text metadatacopies=number pvmetadatacopies=number"
-    " metadataignore=yn metadatasize=size Z|zero=yn"
+_NEW_PV: Final = (
+    "dataalignment=kibibytes dataalignmentoffset=kibibytes labelsector=number M|metadatatype=text"
+    " pvmetadatacopies=number metadatasize=size Z|zero=yn"
 )
 _LV: Final = "A|autobackup=yn noudevsync P|partial nosuffix units=text"
 
@@ -191,7 +190,8 @@ VERBS: Final = (
         "pvcreate",
         "initialize physical volumes for use by LVM",
         ("PV ...",),
-        f"{_PV} f|force* restorefile=text norestorefile setphysicalvolumesize=size u|uuid=text",
+        f"{_NEW_PV} bootloaderareasize=size f|force* metadatacopies=number metadataignore=yn"
+        " restorefile=text norestorefile setphysicalvolumesize=size u|uuid=text",
         "pv.pvcreate",
         least=1,
     ),
@@ -275,7 +275,7 @@ VERBS: Final = (
         "vgcreate",
         "create a volume group",
         ("VG_new PV ...",),
-        f"{_PV} addtag=tag+ alloc=alloc A|autobackup=yn f|force* l|maxlogicalvolumes=number"
+        f"{_NEW_PV} addtag=tag+ alloc=alloc A|autobackup=yn f|force* l|maxlogicalvolumes=number"
         " p|maxphysicalvolumes=number s|physicalextentsize=size setautoactivation=yn",
         "vg.vgcreate",
         least=2,
@@ -291,7 +291,7 @@ VERBS: Final = (
         "vgextend",
         "add physical volumes to a volume group",
         ("VG PV ...",),
-        f"{_PV} A|autobackup=yn f|force* restoremissing",
+        f"{_NEW_PV} A|autobackup=yn f|force* metadataignore=yn restoremissing",
         "vg.vgextend",
         least=2,
     ),
