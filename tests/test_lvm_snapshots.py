@@ -626,6 +626,30 @@ def test_a_store_that_can_hold_everything_grows_no_more(vg, caplog):
     assert caplog.records == []
 
 
+def test_a_store_of_the_useful_size_is_extended_by_nothing_which_is_no_failure(vg):
+    vg.create_snapshot("org", "s", extents=FULL)
+    seqno = vg.metadata.seqno
+    said = said_by(vg)
+    vg.extend_lv("s", extents=FULL + 3)
+    assert said == [
+        "Reached maximum COW size 1.06 MiB (17 extents).",
+        "Size of logical volume vg/s unchanged from 1.06 MiB (17 extents).",
+        "Logical volume vg/s successfully resized.",
+    ]
+    assert (vg.lv("s").extent_count, vg.metadata.seqno) == (FULL, seqno)
+
+
+def test_the_layer_of_a_store_that_was_split_off_goes_when_its_own_table_changes(vg):
+    vg.create_snapshot("org", "s", extents=4)
+    vg.split_snapshot("s")
+    vg.change_lv("org", add_tags=["other"])
+    assert vg.mapper.table("vg-s-cow") == vg.mapper.table("vg-s")
+    before = content(vg, "s")
+    vg.extend_lv("s", extents=6)
+    assert sorted(vg.mapper.names()) == ["vg-org", "vg-s"]
+    assert content(vg, "s")[: len(before)] == before
+
+
 def test_a_full_vg_is_told_once_and_the_snapshot_lives_as_long_as_it_has_room(vg, caplog):
     vg.create_snapshot("org", "s", extents=2)
     vg.create_lv("rest", extents=vg.metadata.free_extents)
@@ -664,6 +688,23 @@ def test_the_monitor_looks_only_when_something_happens(vg, monkeypatch):
     monitor.stop()
     assert len(looks) == len(set(looks))
     assert len(looks) <= 4
+
+
+def test_the_monitor_changes_nothing_while_a_command_runs(vg, paths):
+    free: list[bool] = []
+
+    def out(text: str) -> None:
+        def take() -> None:
+            free.append(vg.lock.acquire(blocking=False))
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+
+    shell = Shell(out, out, vg.mapper, environ={"COW_LVM_DEVICES": ",".join(paths)})
+    assert run(["lvs"], shell) == 0
+    assert free
+    assert not any(free)
 
 
 def test_new_snapshots_are_watched_too(vg):
