@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from support import SECTOR, count
-from support.crash import LONG, Cuts, read_log
+from support.crash import LONG, Cuts, Entry, read_log
 
 import cow
 from cow import lvm
@@ -164,8 +164,8 @@ def record(folder: Path, before: Callable, program: Callable[[cow.Mapper], None]
     return disk, read_log(log)
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_every_state_of(name, folder, seed):
+def record_change(name: str, folder: Path) -> tuple[bytes, list[Entry], list[dict]]:
+    """Run a change on recorded devices; return the disk before it, the log, the generations."""
     before, change = CHANGES[name]
     generations: list[dict] = []
 
@@ -177,7 +177,18 @@ def test_every_state_of(name, folder, seed):
             change(vg)
             generations.extend(watch.generations)
 
-    disk, entries = record(folder, before, program)
+    return *record(folder, before, program), generations
+
+
+def legal_generations(mark: str) -> list[int]:
+    """Return which generations a cut may leave that comes after a mark."""
+    number = int(mark.removesuffix("-next"))
+    return [number, number + 1] if mark.endswith("-next") else [number]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_state_of(name, folder, seed):
+    disk, entries, generations = record_change(name, folder)
     assert len(generations) > 1
     cuts = Cuts(MOST, random.Random(seed))
     path = folder / "state.img"
@@ -185,8 +196,7 @@ def test_every_state_of(name, folder, seed):
     for mark, state in cuts.of(disk, entries):
         if not mark:
             continue
-        number = int(mark.removesuffix("-next"))
-        legal = [number, number + 1] if mark.endswith("-next") else [number]
+        legal = legal_generations(mark)
         path.write_bytes(state)
         with cow.Mapper() as dm:
             open_disk(dm, path)

@@ -16,8 +16,16 @@ from typing import Any
 
 import pytest
 from support import SECTOR, poll, store_bytes
-from support.crash import LONG, Cuts
-from test_lvm_power import NAMES, folder, make_vg, open_disk, open_vg, record  # noqa: F401
+from support.crash import LONG, Cuts, Entry
+from test_lvm_power import (  # noqa: F401
+    NAMES,
+    folder,
+    legal_generations,
+    make_vg,
+    open_disk,
+    open_vg,
+    record,
+)
 
 import cow
 from cow import lvm
@@ -162,8 +170,8 @@ def check_contents(vg: lvm.VolumeGroup, *, merged: bool) -> None:
             assert vg.device(lv.name).pread(len(wanted), 0) == wanted, lv.name
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_every_state_of(name, folder, seed):  # noqa: F811
+def record_change(name: str, folder: Path) -> tuple[bytes, list[Entry], list[dict]]:  # noqa: F811
+    """Run a change on recorded devices; return the disk before it, the log, the generations."""
     before, change = CHANGES[name]
     generations: list[dict] = []
 
@@ -182,19 +190,28 @@ def test_every_state_of(name, folder, seed):  # noqa: F811
             generations.extend(watch.generations)
             vg.deactivate()
 
-    disk, entries = record(folder, prepare, program)
+    return *record(folder, prepare, program), generations
+
+
+def first_merged(generations: list[dict]) -> int:
+    """Return the first generation in which nothing is left to merge."""
     started = [n for n, each in enumerate(generations) if "merging_store" in str(each)]
-    first_merged = max(started) + 1 if started else len(generations)
+    return max(started) + 1 if started else len(generations)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_state_of(name, folder, seed):  # noqa: F811
+    disk, entries, generations = record_change(name, folder)
+    merged = first_merged(generations)
     cuts = Cuts(MOST, random.Random(seed))
     path = folder / "state.img"
     reached = set()
     for mark, state in cuts.of(disk, entries):
         if not mark:
             continue
-        number = int(mark.removesuffix("-next"))
-        legal = [number, number + 1] if mark.endswith("-next") else [number]
+        legal = legal_generations(mark)
         path.write_bytes(state)
-        reached.add(check_state(path, [generations[n] for n in legal], legal, first_merged, mark))
+        reached.add(check_state(path, [generations[n] for n in legal], legal, merged, mark))
     assert cuts.all_of_them or not LONG
     assert reached >= set(range(len(generations) - 1))
     print(cuts.visited, "states", "of all" if cuts.all_of_them else "chosen")
