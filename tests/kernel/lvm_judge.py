@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +28,15 @@ REPORTS = (
     (
         "vgs", *ROWS, "-o",
         "vg_name,vg_attr,vg_size,vg_free,vg_extent_size,vg_extent_count,vg_free_count,pv_count,"
-        "lv_count,snap_count,vg_seqno,vg_tags",
+        "lv_count,snap_count,vg_tags,vg_mda_count,vg_mda_used_count",
     ),
     (
         "pvs", *ROWS, "-o",
         "pv_name,vg_name,pv_attr,pv_size,pv_free,pv_used,pv_pe_count,pv_pe_alloc_count,pe_start,"
-        "pv_mda_count,pv_mda_size,dev_size",
+        "pv_mda_count,pv_mda_used_count,pv_mda_size,dev_size",
     ),
     ("pvs", "--segments", *ROWS, "-o", "pv_name,pvseg_start,pvseg_size,lv_name,seg_start_pe"),
+    ("vgs", *ROWS, "-o", "vg_seqno"),
 )  # fmt: skip
 CHECKS = (("vgck",), ("lvs", "-a", *ROWS))
 MERGES = """\
@@ -48,6 +48,19 @@ done
 [ $tries = 0 ] || {settings} lvm lvs >/dev/null
 """
 """Waits for merges in the background; what the last of them changes is done when lvs answers."""
+OPEN = "exec 9</dev/mapper/{0}; sleep 10000 <&9 >/dev/null 2>&1 9<&- & echo $! >/run/open-{0}"
+CLOSE = """\
+kill $(cat /run/open-{0}); rm /run/open-{0}; tries=0
+while [ "$(dmsetup info -c --noheadings -o open {0})" -gt 0 ] && [ $tries -lt 500 ]; do
+    tries=$((tries + 1))
+done
+"""
+POLLING = "activation { polling_interval = 1"
+NO_DEVICES = "No devices found"
+TABLES = (
+    "dmsetup table",
+    "dmsetup info -c --noheadings --separator ' ' -o name,major,minor",
+)
 
 Answer = tuple[int, str, str]
 """Exit status, stdout, stderr."""
@@ -71,9 +84,11 @@ class Cow:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mapper = Mapper(durability="process")
-        self.lock = threading.RLock()
+        self.opened: dict[str, Any] = {}
 
     def close(self) -> None:
+        for each in self.opened.values():
+            each.close()
         self.mapper.close()
 
     def lvm(self, args: Sequence[str]) -> Answer:
@@ -83,7 +98,6 @@ class Cow:
             out.append,
             err.append,
             self.mapper,
-            lock=self.lock,
             directory=str(self.folder),
             environ={
                 "LVM_SYSTEM_DIR": str(self.folder / "etc"),
@@ -104,18 +118,29 @@ class Cow:
             return self.lvm(step[1:])
         if step[0] == "look":
             found = [self.lvm(report) for report in REPORTS]
-            return [(max(each[0] for each in found), "".join(each[1] for each in found) + "\n", "")]
+            reports = max(each[0] for each in found), "".join(each[1] for each in found), ""
+            return [reports, (0, "".join(f"{line}\n" for line in self.tables()), "")]
         if step[0] == "check":
             return [self.lvm(words) for words in checks(step)]
         if step[0] == "settle":
             poll(lambda: "snapshot-merge" not in self.mapper.table())
             self.lvm(["lvs"])
             return None
+        if step[0] in ("open", "close"):
+            return self.hold(device_name(step[1]), step[0] == "open")
         _, lv, offset, length, seed = step
         try:
             return self.mapper.device(device_name(lv)).pwrite(fill(length, seed), offset)
         except OSError:
             return "error"
+
+    def hold(self, name: str, is_open: bool) -> None:
+        """Have a device open, if there is one, until it is to be closed."""
+        if not is_open:
+            if name in self.opened:
+                self.opened.pop(name).close()
+        elif name in self.mapper.names():
+            self.opened[name] = self.mapper.device(name).open()
 
     def tables(self) -> list[str]:
         """Return the tables, with @DISK and %DEVICE for what they stand on."""
@@ -148,7 +173,7 @@ class Real:
         self.folder = folder
         self.paths = {name: f"/dev/ubd{chr(ord('b') + slot)}" for slot, name in enumerate(DISKS)}
         images = {name.removesuffix(".img"): folder / name for name in DISKS}
-        (kernel.folder / "lvm.conf").write_text(CONFIG)
+        (kernel.folder / "lvm.conf").write_text(CONFIG.replace("activation {", POLLING))
         start = (
             f"hostname {HOST}; rm -rf /run/files /run/lvm /dev/{VG} /dev/mapper/{VG}-*;"
             " mkdir -p /run/files /run/lock /run/lvm"
@@ -167,12 +192,17 @@ class Real:
         for step in steps:
             if step[0] == "w":
                 asked.append(["w", device_name(step[1]), *step[2:]])
+            elif step[0] in ("open", "close"):
+                script = OPEN if step[0] == "open" else CLOSE
+                asked.append(shell(script.format(device_name(step[1]))))
             elif step[0] == "settle":
                 asked.append(shell(MERGES.format(settings=SETTINGS_WORDS)))
             elif step[0] == "lvm":
                 asked.append(guest_step({"args": step[1:], "stdin": ""}, self.paths))
+            elif step[0] == "look":
+                asked += [self.script(REPORTS), *map(shell, TABLES)]
             else:
-                asked.append(self.script(REPORTS if step[0] == "look" else checks(step)))
+                asked.append(self.script(checks(step)))
         answers = iter(self.kernel.run(None, asked, clean=False, seconds=120))
         return [self.answer(step, answers) for step in steps]
 
@@ -187,11 +217,17 @@ class Real:
         if step[0] == "w":
             word = next(answers).removeprefix("w ")
             return "error" if word.startswith("E") else int(word)
-        if step[0] == "settle":
+        if step[0] in ("settle", "open", "close"):
             next(answers)
             return None
-        found = self.shown(next(answers))
-        return found if step[0] == "lvm" else [found]
+        status, out, err = self.shown(next(answers))
+        if step[0] == "lvm":
+            return status, out, err
+        if step[0] == "look":
+            out = out.removesuffix("\n")
+            tables = self.lines(*(next(answers)["out"][1] for _ in TABLES))
+            return [(status, out, err), (0, "".join(f"{line}\n" for line in tables), "")]
+        return [(status, out, err)]
 
     def shown(self, answer: dict[str, Any]) -> Answer:
         assert answer["rc"] == 0, answer
@@ -200,27 +236,24 @@ class Real:
             out, err = out.replace(path, name), err.replace(path, name)
         return int(status), out, err
 
-    def devices(self) -> dict[str, str]:
-        """Return the numbers of the dm devices."""
-        command = "dmsetup info -c --noheadings --separator ' ' -o name,major,minor"
-        answer = self.kernel.run(None, [shell(command)], clean=False)[0]
-        lines = answer["out"][1].splitlines()
-        rows = [line.split() for line in lines if line != "No devices found"]
-        return {f"{major}:{minor}": name for name, major, minor in rows}
-
     def tables(self) -> list[str]:
-        names = {number: f"%{name}" for number, name in self.devices().items()}
-        names |= {f"98:{16 * slot}": f"@{name}" for slot, name in enumerate(DISKS, 1)}
-        answer = self.kernel.run(None, [shell("dmsetup table")], clean=False)[0]
+        answers = self.kernel.run(None, [*map(shell, TABLES)], clean=False)
+        return self.lines(*(answer["out"][1] for answer in answers))
+
+    def lines(self, tables: str, devices: str) -> list[str]:
+        """Return tables with @DISK and %DEVICE for what they stand on, from what dmsetup says."""
+        numbers = {number: f"%{name}" for number, name in device_numbers(devices).items()}
+        numbers |= {f"98:{16 * slot}": f"@{name}" for slot, name in enumerate(DISKS, 1)}
         found = []
-        for line in answer["out"][1].splitlines():
-            if line != "No devices found":
+        for line in tables.splitlines():
+            if line != NO_DEVICES:
                 words = line.rstrip().split(" ")
-                found.append(" ".join(names.get(word, word) for word in words))
+                found.append(" ".join(numbers.get(word, word) for word in words))
         return sorted(found)
 
     def contents(self) -> dict[str, str]:
-        names = list(self.devices().values())
+        answer = self.kernel.run(None, [shell(TABLES[1])], clean=False)[0]
+        names = list(device_numbers(answer["out"][1]).values())
         answers = self.kernel.run(None, [["r", name, 0, 1 << 40] for name in names], clean=False)
         hashes = [answer.split()[-1] for answer in answers]
         return {
@@ -232,26 +265,48 @@ class Real:
 SETTINGS_WORDS = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
 
 
+def device_numbers(listed: str) -> dict[str, str]:
+    """Return the names of dm devices by their numbers."""
+    rows = [line.split() for line in listed.splitlines() if line != NO_DEVICES]
+    return {f"{major}:{minor}": name for name, major, minor in rows}
+
+
 def checks(step: Step) -> list[Sequence[str]]:
     """Return the command lines of ["check", PVS]; the first PVS disks are PVs."""
     disks = list(DISKS)[: step[1]]
     return [*CHECKS, *(("pvck", "--dump", "headers", disk) for disk in disks)]
 
 
-def same(step: Step, theirs: Any, ours: Any) -> bool:
+def counts_otherwise(step: Step) -> bool:
+    """Tell whether a command leaves another seqno, see docs/architecture.md."""
+    if step[:2] == ["lvm", "lvremove"]:
+        return len(step) > 4
+    return step[:2] == ["lvm", "vgcfgrestore"]
+
+
+def same(step: Step, theirs: Any, ours: Any, counted: bool) -> bool:
     """Tell whether two answers agree: of a command its status, of a look all that is printed."""
     if step[0] == "lvm":
         return bool(theirs[0] == ours[0])
     if step[0] == "look":
-        return [each[:2] for each in theirs] == [each[:2] for each in ours]
+        return looked(theirs, counted) == looked(ours, counted)
     return bool(theirs == ours)
+
+
+def looked(answers: Sequence[Answer], counted: bool) -> list[tuple[int, list[str]]]:
+    """Return what is compared of a look; seqno is the last line of the reports."""
+    (status, reports, _), (_, tables, _) = answers
+    lines = reports.splitlines()
+    return [(status, lines if counted else lines[:-1]), (0, tables.splitlines())]
 
 
 def difference(real: Real, cow: Cow, steps: Sequence[Step]) -> str:
     """Run steps on both sides; return what differs first, "" if nothing does."""
     theirs, ours = real.steps(steps), cow.steps(steps)
+    counted = True
     for number, (step, their, our) in enumerate(zip(steps, theirs, ours, strict=True)):
-        if not same(step, their, our):
+        counted = counted and not counts_otherwise(step)
+        if not same(step, their, our, counted):
             return f"step {number} {step}\n{told(step, their, our)}"
     for what in ("tables", "contents"):
         their, our = getattr(real, what)(), getattr(cow, what)()
@@ -286,7 +341,10 @@ def make_disks(folder: Path) -> None:
             file.truncate(size << 20)
 
 
-COMPLAINT = re.compile(r"warning|error|fail|invalid|mismatch|corrupt|bad", re.IGNORECASE)
+COMPLAINT = re.compile(
+    r"\b(warning|error|fail(ed|ure)?|invalid|mismatch|corrupt(ed)?|bad)\b", re.IGNORECASE
+)
+"""As words of their own: a checksum may begin with 0xbad."""
 
 
 def complaints(answers: Sequence[Answer]) -> list[Answer]:

@@ -4,8 +4,9 @@ A step is one of
 
     ["lvm", VERB, ARGS…]
     ["w", LV, OFFSET, LENGTH, SEED]     write to the device of an LV of vg0
+    ["open", LV], ["close", LV]         somebody has it open meanwhile
     ["settle"]                          wait for merges that began in the background
-    ["look"]                            compare the reports
+    ["look"]                            compare the reports and the tables
 
 The model is a guess: what it holds for possible may be refused, and now and then it asks for what
 it knows to be wrong.
@@ -13,8 +14,9 @@ it knows to be wrong.
 
 from __future__ import annotations
 
+import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Step = list[Any]
@@ -24,6 +26,24 @@ DISKS = {"disk1.img": 24, "disk2.img": 32, "disk3.img": 20}
 """Sizes in MiB."""
 KIB = 1 << 10
 TAGS = ("blue", "red", "a/b", "x-1")
+BACKUP = "vg0.backup"
+POLICIES = ("contiguous", "cling", "normal", "anywhere", "inherit")
+NEW_PV_OPTIONS = (
+    ("--pvmetadatacopies", "0"),
+    ("--pvmetadatacopies", "2"),
+    ("--metadatasize", "256k"),
+    ("--dataalignment", "64k", "--metadatasize", "32k"),
+    ("--metadataignore", "y"),
+    ("--labelsector", "3"),
+)
+PV_OPTIONS = (
+    *NEW_PV_OPTIONS,
+    (),
+    ("--metadatacopies", "0"),
+    ("--metadatacopies", "2"),
+    ("--bootloaderareasize", "64k"),
+    ("-ff", "--dataalignmentoffset", "7k"),
+)
 
 
 @dataclass
@@ -36,6 +56,7 @@ class Model:
     sparse: bool = False
     active: bool = True
     writable: bool = True
+    tags: set[str] = field(default_factory=set)
 
 
 class Author:
@@ -50,13 +71,27 @@ class Author:
         """KiB."""
         self.pvs = 1 if self.random.random() < 0.5 else 2
         self.steps: list[Step] = []
+        self.kept: dict[str, Model] | None = None
+        """What the backup has, if there is one."""
 
     def begin(self) -> list[Step]:
         """Write the steps that make the VG."""
         disks = list(DISKS)[: self.pvs]
         if self.random.random() < 0.5:
             self.lvm("pvcreate", *disks)
-        self.lvm("vgcreate", "-s", f"{self.extent}k", VG, *disks)
+        more: list[str] = []
+        if self.random.random() < 0.3:
+            more += self.random.choice(
+                (
+                    ("--addtag", "mine"),
+                    ("--alloc", "cling"),
+                    ("-l", "0", "-p", "9"),
+                    ("--pvmetadatacopies", "2"),
+                    ("--metadatasize", "128k"),
+                    ("--dataalignment", "128k"),
+                )
+            )
+        self.lvm("vgcreate", "-s", f"{self.extent}k", *more, VG, *disks)
         return self.taken()
 
     def write(self, count: int, look: int = 8) -> list[Step]:
@@ -67,6 +102,7 @@ class Author:
                 self.steps.append(["look"])
         if self.steps[-1:] != [["look"]]:
             self.steps.append(["look"])
+        self.kept = None
         return self.taken()
 
     def taken(self) -> list[Step]:
@@ -114,8 +150,19 @@ class Author:
             self.split: 5,
             self.attach: 5,
             self.remove: 8,
-            self.vgck: 2,
+            self.merge_later: 3,
+            self.merge_tagged: 2,
+            self.resize: 6,
+            self.policy: 2,
+            self.refresh: 2,
+            self.all_at_once: 3,
+            self.vgchange: 2,
+            self.vgck: 3,
             self.vgextend: 3,
+            self.spare: 3,
+            self.backup: 3,
+            self.restore: 4,
+            self.again: 1,
         }
         while True:
             kind = self.random.choices(list(kinds), list(kinds.values()))[0]
@@ -140,8 +187,30 @@ class Author:
     def linear(self) -> None:
         name = self.new_name()
         size, words = self.size_words(1, self.many(3072))
-        self.lvm("lvcreate", "-y", *words, "-n", name, VG)
-        self.lvs[name] = Model(size)
+        if self.random.random() < 0.2:
+            words = ["-l", self.random.choice(("5%VG", "10%FREE", "8%PVS"))]
+        lv = Model(size)
+        place: list[str] = []
+        if self.random.random() < 0.3:
+            words += self.random.choice(
+                (
+                    ("-an", "-Zn"),
+                    ("-pr",),
+                    ("-Wn",),
+                    ("-Zn",),
+                    ("--alloc", "contiguous"),
+                    ("--addtag", "blue", "--addtag", "red"),
+                    ("-r", "128"),
+                )
+            )
+            lv.active, lv.writable = "-an" not in words, "-pr" not in words
+            lv.tags |= {"blue", "red"} & set(words)
+        if self.random.random() < 0.2:
+            disk = list(DISKS)[self.random.randrange(self.pvs)]
+            start = self.random.randint(0, 20)
+            place = self.random.choice(([disk], [f"{disk}:{start}-{start + 15}"], [f"{disk}:3-"]))
+        self.lvm("lvcreate", "-y", *words, "-n", name, VG, *place)
+        self.lvs[name] = lv
 
     def striped(self) -> None:
         if self.pvs < 2:
@@ -149,7 +218,8 @@ class Author:
         name = self.new_name()
         size, words = self.size_words(2, self.many(4096) + 2)
         stripe = self.random.choice((4, 8, 64))
-        self.lvm("lvcreate", "-y", "-i2", "-I", f"{stripe}k", *words, "-n", name, VG)
+        count = self.random.randint(2, self.pvs)
+        self.lvm("lvcreate", "-y", f"-i{count}", "-I", f"{stripe}k", *words, "-n", name, VG)
         self.lvs[name] = Model(size)
 
     def snapshot(self) -> None:
@@ -170,6 +240,8 @@ class Author:
                 words += ["-L", f"{self.random.randint(50, 2000)}k"]
         if self.random.random() < 0.2:
             words += ["-p", "r"]
+        if self.random.random() < 0.1:
+            words += self.random.choice((["-an"], ["-kn"], ["--addtag", "blue"], ["-i1"]))
         self.lvm("lvcreate", "-y", "-s", *words, "-n", name, f"{VG}/{origin}")
         self.lvs[name] = Model(size, origin, writable="r" not in words)
 
@@ -195,8 +267,10 @@ class Author:
 
     def rename(self) -> None:
         name = self.pick()
-        if name is None:
-            return
+        if name is not None:
+            self.rename_to_new(name)
+
+    def rename_to_new(self, name: str) -> None:
         new = self.new_name()
         both = (VG, name, new) if self.random.random() < 0.3 else (f"{VG}/{name}", f"{VG}/{new}")
         self.lvm("lvrename", *both)
@@ -212,8 +286,9 @@ class Author:
         words = ["-l", f"+{size}"]
         if self.random.random() < 0.3:
             words = ["-L", f"+{size * self.extent}k"]
-        elif self.random.random() < 0.2:
-            words = ["-l", f"+{self.random.choice((10, 50))}%LV"]
+        elif self.random.random() < 0.3:
+            share = self.random.choice(("10%LV", "50%LV", "5%VG", "10%FREE", "5%PVS", "30%ORIGIN"))
+            words = ["-l", f"+{share}"]
         self.lvm("lvextend", *words, f"{VG}/{name}")
         self.lvs[name].size += size
 
@@ -229,7 +304,11 @@ class Author:
         name = self.pick()
         if name is not None:
             verb = self.random.choice(("--addtag", "--addtag", "--deltag"))
-            self.lvm("lvchange", verb, self.random.choice(TAGS), f"{VG}/{name}")
+            tag = self.random.choice(TAGS)
+            self.lvm("lvchange", verb, tag, f"{VG}/{name}")
+            self.lvs[name].tags.discard(tag)
+            if verb == "--addtag":
+                self.lvs[name].tags.add(tag)
 
     def activation(self) -> None:
         name = self.pick(origins=True)
@@ -245,8 +324,56 @@ class Author:
         name = self.pick(snapshots=True)
         if name is None:
             return
-        self.lvm("lvconvert", "--merge", "-i", "0", f"{VG}/{name}")
+        word = self.random.choice(("--merge", "--merge", "--mergesnapshot"))
+        if self.random.random() < 0.3:
+            self.lvm("lvconvert", word, "-b", f"{VG}/{name}")
+            self.steps.append(["settle"])
+        else:
+            self.lvm("lvconvert", word, "-i", "0", f"{VG}/{name}")
         del self.lvs[name]
+
+    def merge_later(self) -> None:
+        """Ask for a merge while the origin or the snapshot is open; it is put off."""
+        name = self.pick(snapshots=True)
+        if name is None:
+            return
+        origin = self.lvs[name].origin
+        held = self.random.choice((origin, origin, name))
+        self.steps.append(["open", held])
+        self.lvm("lvconvert", "--merge", f"{VG}/{name}")
+        self.steps.append(["look"])
+        for _ in range(self.random.randrange(3)):
+            self.random.choice((self.data, self.linear, self.tags, self.rename_other))()
+        self.steps.append(["close", held])
+        del self.lvs[name]
+        match self.random.randrange(4):
+            case 0:
+                self.lvm("lvchange", "--refresh", f"{VG}/{origin}")
+            case 1:
+                self.lvm("lvchange", "-an", f"{VG}/{origin}")
+                self.lvm("lvchange", "-ay", f"{VG}/{origin}")
+            case 2:
+                self.lvm("vgchange", "--refresh", VG)
+            case _:
+                return
+        self.steps.append(["settle"])
+
+    def rename_other(self) -> None:
+        """Rename an LV that is no origin and has none."""
+        plain = [n for n, lv in self.lvs.items() if not lv.origin and not self.snapshots_of(n)]
+        if plain:
+            self.rename_to_new(self.random.choice(plain))
+
+    def merge_tagged(self) -> None:
+        """Merge what has a tag; of several snapshots of one origin only one can be."""
+        tag = self.random.choice(TAGS)
+        found = [name for name, lv in self.lvs.items() if tag in lv.tags]
+        if not any(self.lvs[name].origin for name in found):
+            return
+        self.lvm("lvconvert", "--merge", "-i", "0", f"@{tag}")
+        for name in found:
+            if self.lvs[name].origin:
+                del self.lvs[name]
 
     def split(self) -> None:
         name = self.pick(snapshots=True)
@@ -254,30 +381,132 @@ class Author:
             self.lvm("lvconvert", "-y", "--splitsnapshot", f"{VG}/{name}")
             self.lvs[name].origin = ""
 
+    def resize(self) -> None:
+        """Make an LV shorter or longer, whatever is on it; stores only longer."""
+        name = self.pick(origins=True) if self.random.random() < 0.8 else self.pick()
+        if name is None:
+            return
+        lv = self.lvs[name]
+        shorter = not lv.origin and not lv.sparse and self.random.random() < 0.6
+        by = self.random.randint(1, max(1, lv.size // 2))
+        verb = self.random.choice(("lvreduce", "lvresize")) if shorter else "lvresize"
+        sign = "-" if shorter else "+"
+        amount = ["-l", f"{sign}{by}"] if self.random.random() < 0.5 else []
+        amount = amount or ["-L", f"{sign}{by * self.extent}k"]
+        if self.random.random() < 0.3:
+            size = lv.size - by if shorter else lv.size + by
+            amount = ["-l", str(size)] if self.random.random() < 0.5 else []
+            amount = amount or ["-L", f"{size * self.extent}k"]
+        self.lvm(verb, self.random.choice(("-f", "-y")), *amount, f"{VG}/{name}")
+        lv.size += -by if shorter else by
+
+    def policy(self) -> None:
+        name = self.pick()
+        if name is not None:
+            self.lvm("lvchange", "--alloc", self.random.choice(POLICIES), f"{VG}/{name}")
+
+    def refresh(self) -> None:
+        name = self.pick()
+        if name is not None:
+            self.lvm("lvchange", "--refresh", f"{VG}/{name}")
+            self.steps.append(["settle"])
+
+    def all_at_once(self) -> None:
+        """Deactivate and activate everything."""
+        self.lvm("vgchange", "-an", VG)
+        if self.random.random() < 0.5:
+            self.steps.append(["look"])
+        self.lvm("vgchange", "-ay", VG)
+        self.steps.append(["settle"])
+        for lv in self.lvs.values():
+            lv.active = True
+
+    def vgchange(self) -> None:
+        words = self.random.choice(
+            (
+                ("--addtag", "red"),
+                ("--deltag", "red"),
+                ("--alloc", "normal"),
+                ("-l", "0"),
+                ("-p", "0"),
+                ("-x", "y"),
+            )
+        )
+        self.lvm("vgchange", *words, VG)
+
     def attach(self) -> None:
         name, store = self.pick(origins=True), self.pick(origins=True)
         if name is None or store in (None, name) or self.snapshots_of(store):
             return
-        words = ["-Zn"] if self.random.random() < 0.3 else []
+        words = [self.random.choice(("-s", "-s", "--snapshot"))]
+        words = ["--type", "snapshot"] if self.random.random() < 0.2 else words
+        words += ["-Zn"] if self.random.random() < 0.3 else []
         words += self.random.choice(([], ["-c", "4k"], ["-c", "32k"]))
-        self.lvm("lvconvert", "-y", "-s", *words, f"{VG}/{name}", f"{VG}/{store}")
+        self.lvm("lvconvert", "-y", *words, f"{VG}/{name}", f"{VG}/{store}")
         self.lvs[store].origin = name
 
     def remove(self) -> None:
         name = self.pick()
         if name is None:
             return
-        self.lvm("lvremove", "-f" if self.random.random() < 0.5 else "-y", f"{VG}/{name}")
-        for each in [name, *self.snapshots_of(name)]:
+        found = {name, *self.snapshots_of(name)}
+        more = []
+        if self.random.random() < 0.1 and (other := self.pick()) is not None:
+            more = [f"{VG}/{other}"]
+            found |= {other, *self.snapshots_of(other)}
+        force = "-f" if self.random.random() < 0.5 else "-y"
+        self.lvm("lvremove", force, f"{VG}/{name}", *more)
+        for each in found:
             del self.lvs[each]
 
     def vgck(self) -> None:
-        self.lvm("vgck", *([VG] if self.random.random() < 0.5 else []))
+        if self.random.random() < 0.4:
+            self.lvm("vgck", "--updatemetadata", VG)
+        else:
+            self.lvm("vgck", *([VG] if self.random.random() < 0.5 else []))
 
     def vgextend(self) -> None:
         if self.pvs < len(DISKS):
-            self.lvm("vgextend", VG, list(DISKS)[self.pvs])
+            words = self.random.choice(NEW_PV_OPTIONS) if self.random.random() < 0.4 else ()
+            self.lvm("vgextend", *words, VG, list(DISKS)[self.pvs])
             self.pvs += 1
+            self.kept = None  # the real lvm2 leaves the newer metadata on a PV that goes
+
+    def spare(self) -> None:
+        """Make a PV of a disk that is in no VG, or unmake it."""
+        if self.pvs == len(DISKS):
+            return
+        disk = list(DISKS)[self.pvs]
+        if self.random.random() < 0.6:
+            self.lvm("pvcreate", *self.random.choice(PV_OPTIONS), disk)
+            if self.random.random() < 0.3:
+                self.lvm("pvs", "-o", "name,pe_start,mda_count,mda_size,ba_start,ba_size", disk)
+        else:
+            self.lvm("pvremove", disk)
+
+    def backup(self) -> None:
+        self.lvm("vgcfgbackup", "-f", BACKUP, VG)
+        self.kept = copy.deepcopy(self.lvs)
+
+    def restore(self) -> None:
+        """Go back to the backup, with nothing active."""
+        if self.kept is None:
+            return
+        self.lvm("vgchange", "-an", VG)
+        self.lvm("vgcfgrestore", "-f", BACKUP, VG)
+        self.steps.append(["look"])
+        self.lvm("vgchange", "-ay", VG)
+        self.steps.append(["settle"])
+        self.lvs = copy.deepcopy(self.kept)
+
+    def again(self) -> None:
+        """Remove the VG with all that is in it, and make it once more."""
+        self.lvm("vgremove", self.random.choice(("-f", "-y")), VG)
+        self.lvs.clear()
+        self.kept = None
+        self.steps.append(["look"])
+        steps, self.steps = self.steps, []
+        self.steps = steps + self.begin()
 
     # what is refused
 

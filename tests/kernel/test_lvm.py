@@ -11,6 +11,7 @@ from .lvm_judge import Cow, Real
 from .lvm_programs import VG, Author
 
 FIXED = (2, 4, 3)
+TURNS_FIXED = (77, 1)
 FRESH = 2
 STEPS = 20
 TURNS = 4
@@ -51,8 +52,8 @@ def test_new_commands_have_the_same_status_reports_tables_and_data(judge, folder
     check(judge, folder, (seed << 8) + number)
 
 
-def test_each_goes_on_with_the_disks_that_the_other_left(judge, folder):
-    number = 77
+def take_turns(judge, folder, number: int) -> None:
+    """Let both go on in turns with the disks that the other left."""
     dice = random.Random(number)
     author = Author(number)
     cow_first = dice.random() < 0.5
@@ -64,9 +65,20 @@ def test_each_goes_on_with_the_disks_that_the_other_left(judge, folder):
         where = f"seed {number}, turn {turn} of {'cow' if ours else 'the real lvm2'}\n"
         where += listed(written)
         for name, (answers, contents) in looked(judge, folder, author.pvs).items():
-            assert not lvm_judge.complaints(answers), f"{where}{name}"
+            complaints = lvm_judge.complaints(answers)
+            assert not complaints, f"{where}{name} complains: {complaints}"
             assert contents == left, f"{where}{name} reads other data, after {done}"
         written = []
+
+
+@pytest.mark.parametrize("number", TURNS_FIXED)
+def test_each_goes_on_with_the_disks_that_the_other_left(judge, folder, number):
+    take_turns(judge, folder, number)
+
+
+@pytest.mark.parametrize("number", range(FRESH))
+def test_each_goes_on_with_new_commands(judge, folder, seed, number):
+    take_turns(judge, folder, (seed << 8) + number)
 
 
 def take_turn(judge, folder, steps, ours: bool):
@@ -90,9 +102,9 @@ def looked(judge, folder, pvs: int):
         side = Cow(folder / "real") if ours else Real(judge.running(), folder / "real")
         try:
             answers = side.steps([["check", pvs]])[0]
-            side.steps([["lvm", "vgchange", "-ay", VG], ["settle"]])
+            answers += side.steps([["lvm", "vgchange", "-ay", VG], ["settle"]])[:1]
             contents = visible(side.contents())
-            side.lvm(["vgchange", "-an", VG])
+            answers.append(side.lvm(["vgchange", "-an", VG]))
             found[name] = answers, contents
         finally:
             side.close()
