@@ -58,6 +58,11 @@ class ActiveVolumeGroup(ABC):
     def metadata(self) -> VolumeGroupMetadata:
         """The committed generation."""
 
+    @property
+    @abstractmethod
+    def idle_reason(self) -> str | None:
+        """Why no LV may be activated; None if they may."""
+
     @abstractmethod
     def lv(self, name: str) -> LogicalVolume:
         """Return an LV by name; LVNotFound if there is none."""
@@ -93,6 +98,8 @@ class ActiveVolumeGroup(ABC):
         round. In a group opened read-only nothing is written, and a pending merge does not start.
         LVMError names what could not be activated, when all the rest is.
         """
+        if reason := self.idle_reason:
+            raise LVMError(reason)
         with self.lock, self.metadata.looked_at():
             if mapper is not None and mapper is not self.mapper:
                 self._move_to(mapper)

@@ -262,6 +262,17 @@ class VolumeGroup(SnapshottingVolumeGroup):
             return f"Cannot update volume group {self.name} with duplicate PV devices."
         return change_problem(self.metadata)
 
+    @property
+    def idle_reason(self) -> str | None:
+        """Why no LV may be activated, in LVM's words; None if they may, as always read-only."""
+        if self._devices.readonly:
+            return None
+        if self._found.duplicates:
+            return f"Cannot activate LVs in VG {self.name} while PVs appear on duplicate devices."
+        if "EXPORTED" in self.metadata.status:
+            return f"Volume group {self.name} is exported"
+        return None
+
     def refresh(self) -> None:
         """Read the metadata from the devices again."""
         with self.lock:

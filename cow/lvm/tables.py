@@ -169,7 +169,8 @@ def holders(vg: VolumeGroupMetadata) -> list[LogicalVolume]:
 
 def why_not(lv: LogicalVolume, *, partial: bool = False) -> str | None:
     """Return why the family of an LV cannot be activated, in LVM's words where it has them."""
-    for each in _members(holder_of(lv)):
+    holder = holder_of(lv)
+    for each in _members(holder):
         if "PVMOVE" in each.status or "LOCKED" in each.status:
             return f"Cannot activate {each}: a pvmove is in progress."
         for segment in each.segments:
@@ -186,7 +187,7 @@ def why_not(lv: LogicalVolume, *, partial: bool = False) -> str | None:
             )
             if missing and not partial:
                 return (
-                    f"Refusing activation of partial LV {each}."
+                    f"Refusing activation of partial LV {holder}."
                     "  Use '--activationmode partial' to override."
                 )
     return None

@@ -86,7 +86,8 @@ def take_turn(judge, folder, steps, ours: bool):
     side = Cow(folder / "real") if ours else Real(judge.running(), folder / "real")
     try:
         active = [["lvm", "vgchange", "-ay", VG], ["settle"]]
-        done = side.steps([*active, *steps, *active])
+        # A merge that was put off is done before the other looks.
+        done = side.steps([*active, *steps, ["lvm", "vgchange", "-an", VG], *active])
         contents = side.contents()
         assert side.lvm(["vgchange", "-an", VG])[0] == 0
     finally:

@@ -49,7 +49,11 @@ def activate_vg(command: Command, vg: VolumeGroup, mode: str) -> None:
                 " volume(s)"
             )
             return
-    for lv in [lv for lv in vg.metadata.lvs if lv.visible and not _goes_with_origin(lv)]:
+    lvs = [lv for lv in vg.metadata.lvs if lv.visible and not _goes_with_origin(lv)]
+    if wants_active(mode) and vg.idle_reason is not None:
+        command.fail(vg.idle_reason)
+        lvs = []
+    for lv in lvs:
         try:
             activate_lv(command, vg, lv, mode)
         except CowOSError as error:

@@ -389,6 +389,13 @@ class Command:
             if matches is None or any(map(matches, self._vg_rows(vg))):
                 yield vg
 
+    def passes_over(self, vg: VolumeGroup, names: Sequence[str]) -> bool:
+        """Tell whether a VG is exported: its LVs are left out, which is an error if it is named."""
+        exported = "EXPORTED" in vg.metadata.status
+        if exported and names:
+            self.fail(f"Volume group {vg.name} is exported")
+        return exported
+
     def each_lv(
         self, names: Sequence[str], *, hidden: bool = False
     ) -> Iterator[tuple[VolumeGroup, list[LogicalVolume]]]:
@@ -422,6 +429,8 @@ class Command:
                 whole.add(vg.id)
         matches = self.selection("lv")
         for vg, lv_names in wanted.values():
+            if self.passes_over(vg, names):
+                continue
             everything = vg.id in whole or any(tag in vg.metadata.tags for tag in tags)
             lvs = []
             missing = dict.fromkeys(lv_names)

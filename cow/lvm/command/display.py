@@ -381,9 +381,9 @@ def _pv_lines(command: Command, row: Row) -> Iterator[str]:
     used = pv_used_extents(row)
     size = row.pv.dev_size or device_sectors(row)
     unusable = size - pv_sectors(row)
-    shown = command.size(size)
-    if unusable:
-        shown += f" / not usable {command.size(unusable)}"
+    if unusable <= row.pv.pe_start:
+        unusable = 0
+    shown = f"{command.size(size)} / not usable {command.size(unusable)}"
     full = " (but full)" if used == row.pv.pe_count else " "
     yield "--- Physical volume ---"
     yield f"PV Name               {pv_name(row)}"
@@ -464,4 +464,7 @@ def _pvscan_lines(command: Command, rows: Sequence[Row]) -> Iterator[str]:
         vg = f"VG {row.vg.name}" if row.vg else ""
         size = command.size(pv_sectors(row))
         free = f" / {command.size(pv_free_sectors(row))} free" if row.vg else ""
-        yield f"PV {name:<{width}}{vg:<18} lvm2 [{size}{free}]"
+        if row.vg and "EXPORTED" in row.vg.status:
+            yield f"PV {name:<{width}} is in exported {vg} [{size}{free}]"
+        else:
+            yield f"PV {name:<{width}}{vg:<18} lvm2 [{size}{free}]"

@@ -8,7 +8,6 @@ from typing import Any
 from cow.lvm.command.command import Command
 from cow.lvm.command.create import extents_of_pvs, pv_ranges
 from cow.lvm.command.options import ParseError, UsageError
-from cow.lvm.cow_size import percent_of_origin
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume
@@ -122,12 +121,10 @@ def _counted(command: Command, vg: VolumeGroup, lv: LogicalVolume, amount: Amoun
         return count
     record = lv.snapshot
     if amount.percent_of == "ORIGIN":
-        if record is None or record.segments[0].origin is None:
+        origin = record.segments[0].origin if record is not None else None
+        if origin is None:
             raise LVMError(f"Specified LV {lv} is not a snapshot.")
-        segment = record.segments[0]
-        return percent_of_origin(
-            count, segment.extent_count, segment.chunk_size, metadata.extent_size
-        )
+        return -(-origin.extent_count * count // 100)
     ranges = pv_ranges(metadata, command.args[1:], command)
     base = {
         "VG": metadata.extent_count,

@@ -144,6 +144,8 @@ def vgchange(command: Command) -> None:
         raise UsageError("")
     command.scan(readonly=not (changes or options.has("activate", "refresh")))
     for vg in command.each_vg(command.args):
+        if command.passes_over(vg, command.args):
+            continue
         try:
             if changes:
                 _change(command, vg)

@@ -7,6 +7,7 @@ as X and "unknown".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from cow.device import DeviceInfo
 from cow.errors import DeviceNotFound
@@ -22,6 +23,17 @@ class LiveDevice:
 
     info: DeviceInfo
     targets: tuple[tuple[str, str], ...]
+
+    @property
+    def sync_percent(self) -> Fraction | None:
+        """How much of its mirror targets is in sync, in percent; None if it has none."""
+        done = total = 0
+        for kind, status in self.targets:
+            if kind == "mirror":
+                legs, *words = status.split()
+                synced, _, regions = words[int(legs)].partition("/")
+                done, total = done + int(synced), total + int(regions)
+        return Fraction(100 * done, total) if total else None
 
     def usage(self, target: str) -> Usage | None:
         """Return what a snapshot or snapshot-merge target tells; None if there is none."""

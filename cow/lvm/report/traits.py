@@ -6,12 +6,15 @@ The letters are those of lvs(8).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 from typing import Final
 
 from cow.lvm.cow_size import Usage
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, segment_lvs
 from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
+from cow.lvm.tables import REAL
 
 MIN_READ_AHEAD: Final = 256
 """Sectors that a device without stripes reads ahead."""
@@ -72,7 +75,7 @@ def origin_of(lv: LogicalVolume) -> LogicalVolume | None:
         return record.segments[0].origin
     for segment in lv.segments:
         name = segment.extra.get("origin") or segment.extra.get("external_origin")
-        if segment.type == "thin" and isinstance(name, str):
+        if segment.type in ("thin", "cache") and isinstance(name, str):
             return lv.vg.find_lv(name)
     return None
 
@@ -144,7 +147,8 @@ def layout(lv: LogicalVolume) -> list[str]:
         return ["virtual"] if not lv.visible else ["unknown"]
     if kind.startswith("raid"):
         level = kind.split("_")[0]
-        return ["raid", level] if level == kind or level == "raid0" else ["raid", level, kind]
+        usual = {"raid5": "raid5_ls", "raid6": "raid6_zr"}.get(kind, kind)
+        return ["raid", level] if level in (usual, "raid0") else ["raid", level, usual]
     return [kind] if lv.segments and lv.segments[0].known else ["unknown"]
 
 
@@ -178,14 +182,36 @@ def role(lv: LogicalVolume) -> list[str]:
 
 def modules(lv: LogicalVolume) -> list[str]:
     """Return the modules of device-mapper that run it, beside those that are always there."""
-    found = ["snapshot"] if lv.is_origin or lv.is_cow else []
+    found: list[str] = []
     for segment in lv.segments:
         if segment.type in VIRTUAL or segment.type in ("mirror", *THIN):
             names = ["thin", "thin-pool"] if segment.type == "thin" else [segment.type]
             found += [each for each in names if each not in found]
         elif segment.type.startswith("raid") and "raid" not in found:
             found.append("raid")
+        elif segment.type == "cache":
+            found.append("cache")
+    if lv.is_origin or lv.is_cow:
+        found.insert(len(found) if found[:1] in (["mirror"], ["raid"]) else 0, "snapshot")
     return found
+
+
+# ---- mirrors
+
+
+def sync_percent(row: Row) -> Fraction | None:
+    """Return how much of an active mirror is the same on all legs; None of anything else."""
+    lv = row.lv
+    assert lv is not None
+    device = row.live.device(lv, REAL if lv.is_origin else "")
+    return device.sync_percent if device is not None else None
+
+
+def image_is_synced(row: Row) -> bool:
+    """Tell whether an image of a mirror holds what the mirror does; only an active one tells."""
+    assert row.lv is not None
+    above = parent(row.lv)
+    return above is not None and sync_percent(replace(row, lv=above)) == 100
 
 
 # ---- attr
@@ -199,7 +225,7 @@ def attributes(row: Row) -> str:
     usage = row.live.usage(lv)
     return "".join(
         (
-            _type_letter(lv),
+            _type_letter(row, lv),
             _permission_letter(lv, device),
             _policy_letter(lv),
             "m" if has_fixed_minor(lv) else "-",
@@ -213,7 +239,7 @@ def attributes(row: Row) -> str:
     )
 
 
-def _type_letter(lv: LogicalVolume) -> str:
+def _type_letter(row: Row, lv: LogicalVolume) -> str:
     kind = first_type(lv)
     part = role_of_part(lv)
     above = parent(lv)
@@ -229,10 +255,10 @@ def _type_letter(lv: LogicalVolume) -> str:
         ("V", kind == "thin"),
         ("v", kind in VIRTUAL or not all(segment.known for segment in lv.segments)),
         ("t", kind == "thin-pool"),
-        ("C", kind in ("cache", "cache-pool", "writecache")),
+        ("C", kind in ("cache", "cache-pool", "writecache") or lv.name.endswith("_cvol")),
         ("d", kind == "vdo-pool"),
         ("v", kind == "vdo"),
-        ("i", part == "image"),
+        ("i" if image_is_synced(row) else "I", part == "image"),
         ("l", part == "log"),
         ("S" if is_merging(lv) else "s", lv.is_cow),
         ("o", "_corig" in lv.name and not lv.visible),
@@ -273,7 +299,7 @@ def _target_letter(lv: LogicalVolume) -> str:
     kind = first_type(lv)
     if kind in THIN:
         return "t"
-    if kind in ("cache", "cache-pool", "writecache"):
+    if kind in ("cache", "cache-pool", "writecache") or _family(lv) == "cache":
         return "C"
     in_raid = _family(lv).startswith("raid") and role_of_part(lv) in ("image", "metadata")
     if is_raid(lv) or in_raid:
@@ -319,11 +345,9 @@ def zeroes(lv: LogicalVolume) -> bool:
 
 
 def is_partial(lv: LogicalVolume) -> bool:
-    """Tell whether a PV is missing somewhere below the LV, or below its origin or snapshots."""
+    """Tell whether a PV is missing somewhere below the LV or below its snapshots."""
     seen: set[LogicalVolume] = set()
     left = [lv, *cow_stores(lv)]
-    if (origin := origin_of(lv)) is not None and lv.is_cow:
-        left.append(origin)
     while left:
         each = left.pop()
         if each in seen:

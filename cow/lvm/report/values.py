@@ -23,9 +23,11 @@ from cow.lvm.report.traits import (
     descendants,
     first_type,
     has_fixed_minor,
+    image_is_synced,
     is_merging,
     is_partial,
     is_pool,
+    is_raid,
     layout,
     modules,
     named_lv,
@@ -33,7 +35,9 @@ from cow.lvm.report.traits import (
     parent,
     read_ahead_in_use,
     role,
+    role_of_part,
     shown_name,
+    sync_percent,
     virtual_sectors,
     zeroes,
 )
@@ -70,6 +74,17 @@ def _name(row: Row, lv: LogicalVolume | None) -> str:
 def _data_percent(row: Row) -> float | None:
     usage = row.live.usage(_lv(row))
     return shown_percent(usage.percent) if usage is not None else None
+
+
+def _shown_parent(lv: LogicalVolume) -> LogicalVolume | None:
+    """Return what a hidden LV is a part of; a cache is not said to be that of what it caches."""
+    above = parent(lv)
+    return None if above is not None and first_type(above) == "cache" else above
+
+
+def _sync_percent(row: Row) -> float | None:
+    percent = sync_percent(row)
+    return shown_percent(percent) if percent is not None else None
 
 
 def _snap_percent(row: Row) -> float | None:
@@ -118,6 +133,8 @@ def _legs(segment: Segment) -> int:
 
 
 def _data_legs(segment: Segment) -> int:
+    if segment.type.startswith("raid10"):
+        return _legs(segment) // (_number(segment, "data_copies") or 2)
     parity = {"raid4": 1, "raid5": 1, "raid6": 2}.get(segment.type.split("_")[0], 0)
     return max(_legs(segment) - parity, 0)
 
@@ -133,7 +150,7 @@ def _segtype(row: Row) -> str:
         return "free"
     if segment.type == "striped" and len(segment.areas) == 1:
         return "linear"
-    return segment.type_text
+    return segment.type if segment.known else segment.type_text
 
 
 def _chunk_size(row: Row) -> int:
@@ -147,16 +164,30 @@ def _ranges(row: Row) -> list[str]:
     segment = row.segment
     if segment is None:
         return []
-    count = segment.area_extents
+    count = segment.area_extents if segment.areas else _part_extents(segment)
     found = [
         f"{_area_name(row, area)}:{area.start}-{area.start + count - 1}" for area in segment.areas
     ]
     return found + [f"{name}:0-{count - 1}" for name in _parts(segment)]
 
 
+def _part_extents(segment: Segment) -> int:
+    """Return the extents of each LV that holds data of a raid, a pool or a cache."""
+    legs = 1 if segment.type == "raid1" else _data_legs(segment)
+    return segment.extent_count // legs if segment.type.startswith("raid") else segment.extent_count
+
+
 def _pe_ranges(row: Row) -> list[str]:
     found = _ranges(row)
     return [" ".join(found)] if found else []
+
+
+def _le_ranges(row: Row) -> list[str]:
+    """Return the same with hidden LVs in brackets."""
+    vg = _lv(row).vg
+    hidden = {lv.name for lv in vg.lvs if not lv.visible}
+    pairs = (each.rpartition(":") for each in _ranges(row))
+    return [f"[{name}]:{run}" if name in hidden else f"{name}:{run}" for name, _, run in pairs]
 
 
 def _devices(row: Row) -> list[str]:
@@ -219,7 +250,11 @@ VALUES: Final[dict[str, Values]] = {
     "lv_full_name": _of_lv(str),
     "lv_path": _of_lv(lambda lv: f"/dev/{lv}" if lv.visible and not is_pool(lv) else ""),
     "lv_dm_path": _of_lv(lambda lv: f"/dev/mapper/{dm_name(lv.vg.name, lv.name)}"),
-    "lv_parent": _of_lv(lambda lv: above.name if (above := parent(lv)) else ""),
+    "lv_parent": lambda row: _name(row, _shown_parent(_lv(row))),
+    "lv_image_synced": lambda row: role_of_part(_lv(row)) == "image" and image_is_synced(row),
+    "lv_initial_image_sync": _of_lv(
+        lambda lv: (is_raid(lv) or first_type(lv) == "mirror") and "NOTSYNCED" not in lv.status
+    ),
     "lv_layout": _of_lv(layout, []),
     "lv_role": _of_lv(role, []),
     "lv_merging": _of_lv(lambda lv: is_merging(lv) or lv.merging_snapshot is not None, False),
@@ -281,6 +316,8 @@ VALUES: Final[dict[str, Values]] = {
     "lv_device_open": lambda row: _live(row, lambda device: device.info.open_count > 0),
     "data_percent": _data_percent,
     "snap_percent": _snap_percent,
+    "copy_percent": _sync_percent,
+    "sync_percent": _sync_percent,
     "lv_health_status": _health,
     "lv_check_needed": lambda row: None,
     "lv_merge_failed": lambda row: _of_state(row, lambda usage: usage.merge_failed),
@@ -315,7 +352,7 @@ VALUES: Final[dict[str, Values]] = {
     "seg_size_pe": _seg_extents,
     "seg_tags": _of_segment(lambda segment: sorted(segment.tags), []),
     "seg_pe_ranges": _pe_ranges,
-    "seg_le_ranges": _ranges,
+    "seg_le_ranges": _le_ranges,
     "devices": _devices,
     "metadata_devices": _metadata_devices,
     "cache_policy": _of_segment(lambda segment: str(segment.extra.get("policy", "")), ""),

@@ -92,6 +92,11 @@ def _mdas(row: Row) -> Sequence[MetadataArea]:
     return row.pv.mdas if row.pv is not None else ()
 
 
+def _free_sectors(mda: MetadataArea) -> int:
+    """Return the room for text in an area; one that is ignored is not read, and has none."""
+    return 0 if mda.ignored else sectors(mda.free)
+
+
 def _pe_start(row: Row) -> int:
     if row.pv is not None:
         return row.pv.pe_start
@@ -139,6 +144,10 @@ def vg_mdas(vg: VolumeGroupMetadata) -> list[MetadataArea]:
     return [mda for pv in vg.pvs for mda in pv.mdas]
 
 
+def _vg_mda_free(vg: VolumeGroupMetadata) -> int:
+    return min((sectors(mda.free) for mda in vg_mdas(vg) if not mda.ignored), default=0)
+
+
 def visible_lvs(vg: VolumeGroupMetadata) -> int:
     """Return how many LVs the user sees."""
     return sum(lv.visible for lv in vg.lvs)
@@ -155,7 +164,7 @@ PV_VALUES: Final[dict[str, Values]] = {
     "pv_name": pv_name,
     "pv_major": lambda row: _number_of_device(row, 0),
     "pv_minor": lambda row: _number_of_device(row, 1),
-    "pv_mda_free": lambda row: min((sectors(mda.free) for mda in _mdas(row)), default=0),
+    "pv_mda_free": lambda row: min(map(_free_sectors, _mdas(row)), default=0),
     "pv_mda_size": lambda row: min((sectors(mda.size) for mda in _mdas(row)), default=0),
     "pv_ext_vsn": lambda row: row.device.label.extension_version if row.device else 0,
     "pe_start": _pe_start,
@@ -211,7 +220,7 @@ VG_VALUES: Final[dict[str, Values]] = {
     "vg_tags": _of_vg(lambda vg: sorted(vg.tags), []),
     "vg_mda_count": _of_vg(lambda vg: len(vg_mdas(vg)), 0),
     "vg_mda_used_count": _of_vg(lambda vg: sum(not mda.ignored for mda in vg_mdas(vg)), 0),
-    "vg_mda_free": _of_vg(lambda vg: min((sectors(mda.free) for mda in vg_mdas(vg)), default=0), 0),
+    "vg_mda_free": _of_vg(_vg_mda_free, 0),
     "vg_mda_size": _of_vg(lambda vg: min((sectors(mda.size) for mda in vg_mdas(vg)), default=0), 0),
     "vg_mda_copies": _of_vg(lambda vg: vg.metadata_copies or "unmanaged", 0),
 }
