@@ -12,7 +12,14 @@ from typing import Any
 from cow.lvm import create, edit
 from cow.lvm.activation import Activation
 from cow.lvm.backups import Backups
-from cow.lvm.check import change_problem, check_change, problems, reading_problems, refuse_change
+from cow.lvm.check import (
+    access_problem,
+    change_problem,
+    check_change,
+    problems,
+    reading_problems,
+    refuse_change,
+)
 from cow.lvm.commit import (
     ActiveWork,
     flush_devices,
@@ -264,14 +271,14 @@ class VolumeGroup(SnapshottingVolumeGroup):
 
     @property
     def idle_reason(self) -> str | None:
-        """Why no LV may be activated, in LVM's words; None if they may, as always read-only."""
+        """Why no LV may be activated; None if they may, as always where nothing is written."""
         if self._devices.readonly:
             return None
         if self._found.duplicates:
             return f"Cannot activate LVs in VG {self.name} while PVs appear on duplicate devices."
         if "EXPORTED" in self.metadata.status:
             return f"Volume group {self.name} is exported"
-        return None
+        return access_problem(self.metadata)
 
     def refresh(self) -> None:
         """Read the metadata from the devices again."""

@@ -80,6 +80,15 @@ def origin_of(lv: LogicalVolume) -> LogicalVolume | None:
     return None
 
 
+def is_cache_volume(lv: LogicalVolume) -> bool:
+    """Tell whether an LV is data and metadata of a cache in one."""
+    return lv.name.endswith("_cvol") and not lv.visible
+
+
+def _is_cache_origin(lv: LogicalVolume) -> bool:
+    return "_corig" in lv.name and not lv.visible
+
+
 def named_lv(lv: LogicalVolume, *keys: str) -> LogicalVolume | None:
     """Return the LV that a key of a pool's or a pool's user's segment names."""
     for segment in lv.segments:
@@ -137,6 +146,8 @@ def read_ahead_in_use(lv: LogicalVolume) -> int:
 def layout(lv: LogicalVolume) -> list[str]:
     """Return how an LV is laid out: linear, striped, mirror …"""
     kind = first_type(lv)
+    if is_cache_volume(lv):
+        return ["cache", "cachevol"]
     if kind == "striped":
         return ["striped" if len(lv.segments[0].areas) > 1 else "linear"]
     if kind == "thin":
@@ -166,6 +177,8 @@ def role(lv: LogicalVolume) -> list[str]:
         elif family:
             found.append("raid" if family.startswith("raid") else family)
         found.append(part)
+    if _is_cache_origin(lv):
+        found += ["cache", "origin", "cacheorigin"]
     thin = [e for e in lv.vg.lvs if first_type(e) == "thin" and origin_of(e) is lv]
     if thin or lv.is_origin:
         found.append("origin")
@@ -189,7 +202,7 @@ def modules(lv: LogicalVolume) -> list[str]:
             found += [each for each in names if each not in found]
         elif segment.type.startswith("raid") and "raid" not in found:
             found.append("raid")
-        elif segment.type == "cache":
+        elif segment.type in ("cache", "cache-pool"):
             found.append("cache")
     if lv.is_origin or lv.is_cow:
         found.insert(len(found) if found[:1] in (["mirror"], ["raid"]) else 0, "snapshot")
@@ -255,13 +268,13 @@ def _type_letter(row: Row, lv: LogicalVolume) -> str:
         ("V", kind == "thin"),
         ("v", kind in VIRTUAL or not all(segment.known for segment in lv.segments)),
         ("t", kind == "thin-pool"),
-        ("C", kind in ("cache", "cache-pool", "writecache") or lv.name.endswith("_cvol")),
+        ("C", kind in ("cache", "cache-pool", "writecache") or is_cache_volume(lv)),
         ("d", kind == "vdo-pool"),
         ("v", kind == "vdo"),
         ("i" if image_is_synced(row) else "I", part == "image"),
         ("l", part == "log"),
         ("S" if is_merging(lv) else "s", lv.is_cow),
-        ("o", "_corig" in lv.name and not lv.visible),
+        ("o", _is_cache_origin(lv)),
     )
     return next((letter for letter, is_it in letters if is_it), "-")
 
