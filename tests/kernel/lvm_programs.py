@@ -34,7 +34,6 @@ NEW_PV_OPTIONS = (
     ("--metadatasize", "256k"),
     ("--dataalignment", "64k", "--metadatasize", "32k"),
     ("--metadataignore", "y"),
-    ("--labelsector", "3"),
 )
 PV_OPTIONS = (
     *NEW_PV_OPTIONS,

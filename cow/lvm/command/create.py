@@ -223,6 +223,7 @@ def size_of(
                 f"Reducing {text} to remaining free space"
                 f" {command.size(count * metadata.extent_size)} in VG."
             )
+    count = within(metadata, ranges, count)
     if count == 0:
         raise LVMError("Calculated size of logical volume is 0 extents. Needs to be larger.")
     return {"extents": count}
@@ -233,6 +234,12 @@ def extents_of_pvs(vg: VolumeGroupMetadata, ranges: Sequence[PVRange] | None) ->
     if not ranges:
         return vg.extent_count
     return sum(area.count for area in allocatable_areas(vg, ranges))
+
+
+def within(vg: VolumeGroupMetadata, ranges: Sequence[PVRange] | None, extents: int) -> int:
+    """Return what a percentage comes to where PVs are named: no more than is free there."""
+    room = sum(area.count for area in allocatable_areas(vg, ranges)) if ranges else 0
+    return min(extents, room or extents)
 
 
 def _check_size(command: Command, vg: VolumeGroup, sectors: int) -> None:

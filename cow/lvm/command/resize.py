@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from cow.lvm.command.command import Command
-from cow.lvm.command.create import extents_of_pvs, pv_ranges
+from cow.lvm.command.create import extents_of_pvs, pv_ranges, within
 from cow.lvm.command.options import ParseError, UsageError
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
 from cow.lvm.group import VolumeGroup
@@ -135,6 +135,9 @@ def _counted(command: Command, vg: VolumeGroup, lv: LogicalVolume, amount: Amoun
     wanted = base * count // 100 if amount.sign == "-" else -(-base * count // 100)
     free = metadata.free_extents
     more = wanted if amount.sign else wanted - lv.extent_count
+    if amount.sign != "-" and more > 0:
+        wanted -= more - within(metadata, ranges, more)
+        more = within(metadata, ranges, more)
     if amount.sign != "-" and more > free and amount.percent_of != "LV":
         wanted -= more - free
         text = f"{amount.extents}%{amount.percent_of}"
