@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from cow.device import Device
 from cow.image import Image
-from cow.lvm.mda import MetadataArea
+from cow.lvm.mda import Bad, MetadataArea
 from cow.lvm.metadata import PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.names import dashed_id
 from cow.lvm.report.rows import Row
@@ -88,8 +88,13 @@ def pv_attributes(row: Row) -> str:
 
 def _mdas(row: Row) -> Sequence[MetadataArea]:
     if row.device is not None:
-        return row.device.mdas
-    return row.pv.mdas if row.pv is not None else ()
+        return _readable(row.device.mdas)
+    return _readable(row.pv.mdas) if row.pv is not None else ()
+
+
+def _readable(mdas: Iterable[MetadataArea]) -> list[MetadataArea]:
+    """Return the areas that count: those whose header can be read."""
+    return [mda for mda in mdas if not mda.bad & Bad.HEADER]
 
 
 def _free_sectors(mda: MetadataArea) -> int:
@@ -141,7 +146,7 @@ def vg_attributes(vg: VolumeGroupMetadata) -> str:
 
 def vg_mdas(vg: VolumeGroupMetadata) -> list[MetadataArea]:
     """Return the metadata areas of all PVs."""
-    return [mda for pv in vg.pvs for mda in pv.mdas]
+    return [mda for pv in vg.pvs for mda in _readable(pv.mdas)]
 
 
 def _vg_mda_free(vg: VolumeGroupMetadata) -> int:
