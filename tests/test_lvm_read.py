@@ -16,6 +16,7 @@ from support.lvm import MDA, MDA_SIZE, MIB, SECTOR, Disk, mda_header, sample
 
 import cow
 from cow import lvm
+from cow.lvm.command import Shell, run
 
 
 def dump(vg: lvm.VolumeGroup) -> dict[str, list[tuple]]:
@@ -350,6 +351,16 @@ def test_another_copy_is_taken_where_a_header_is_damaged(tmp_path):
         assert vg.warnings == header_warnings(disks[0], f"wrong checksum {crc:x} in mda header")
 
 
+def test_an_area_whose_header_is_damaged_is_not_counted(tmp_path):
+    disks = sample("b_striped", tmp_path)
+    disks[0].flip(MDA + 100)
+    said: list[str] = []
+    environ = {"COW_LVM_DEVICES": ",".join(map(str, disks))}
+    shell = Shell(said.append, lambda text: None, environ=environ)
+    assert run(["vgs", "--noheadings", "-o", "vg_mda_count,vg_mda_used_count"], shell) == 0
+    assert said[0].split() == ["1", "1"]
+
+
 def test_another_copy_is_taken_where_a_text_is_damaged(tmp_path):
     disks = sample("b_striped", tmp_path)
     at = MDA + disks[1].slots()[0][0]
@@ -553,6 +564,8 @@ def test_a_second_device_of_the_same_pv_is_not_used(tmp_path):
             lvm.VGNotWritable, match="Cannot update volume group vga with duplicate PV devices"
         ):
             vg.create_lv("x", extents=1)
+        with pytest.raises(lvm.LVMError, match="Cannot activate LVs in VG vga while PVs appear on"):
+            vg.activate()
 
 
 def test_a_device_named_twice_is_one(tmp_path):
@@ -712,6 +725,19 @@ def test_a_vg_may_be_read_but_not_changed(change, tmp_path):
         with pytest.raises(lvm.VGNotWritable):
             vg.remove()
     assert disk.metadata() == before
+
+
+@pytest.mark.parametrize("change", list(READ_ONLY)[:4])
+def test_lvs_of_a_vg_that_others_use_are_activated_only_to_be_read(change, tmp_path):
+    (disk,) = sample("a_linear", tmp_path)
+    disk.edit(tuple(change.split(" => ")))
+    with lvm.VolumeGroup.open([disk]) as vg:
+        with pytest.raises(lvm.LVMError, match=re.escape(READ_ONLY[change])):
+            vg.activate()
+        assert not vg.is_active("lin")
+    with lvm.VolumeGroup.open([disk], readonly=True) as vg:
+        vg.activate()
+        assert vg.is_active("lin")
 
 
 def test_a_vg_that_misses_a_pv_is_not_changed(tmp_path):
