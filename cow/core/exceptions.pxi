@@ -5,27 +5,30 @@
 # rehashing, no ENOMEM in the middle of a write, and readers never see the table move. Entries are
 # written with the prepare mutex held (pending) or the map lock exclusive, and read by holders of
 # either lock.
+#
+# There are 2^32 leaves at most: origins of more than 1 PiB, with chunks of 4 KiB, have fewer leaves
+# than neighbourhoods. There a store has no more chunks of use than there are leaves.
 
-cdef int exception_table_init(exception_table *e, uint64_t nr_chunks) noexcept nogil:
-    cdef uint64_t nr_leaves = (nr_chunks >> LEAF_SHIFT) + 1
-    cdef void *p
-    memset(e, 0, sizeof(exception_table))
-    if nr_leaves >> 32:
-        return -ENOMEM
+cdef uint64_t MAX_LEAVES = 0xFFFFFFFF
+
+
+cdef uint64_t exception_leaves(uint64_t nr_chunks) noexcept nogil:
+    """Count the leaves that an origin of so many chunks may need, the empty one among them."""
+    return min((nr_chunks >> LEAF_SHIFT) + 2, MAX_LEAVES)
+
+
+cdef void exception_table_sizes(exception_table *e, uint64_t nr_chunks) noexcept nogil:
+    cdef uint64_t nr_leaves = exception_leaves(nr_chunks)
     e.nr_chunks = nr_chunks
-    e.nr_leaves = 1
-    e.directory_size = nr_leaves * sizeof(uint32_t)
-    e.leaves_size = ((nr_leaves + 1) << LEAF_SHIFT) * sizeof(uint64_t)
-    p = mmap(NULL, e.directory_size, PROT_READ | PROT_WRITE,
-             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    e.directory_size = ((nr_chunks >> LEAF_SHIFT) + 1) * sizeof(uint32_t)
+    e.leaves_size = (nr_leaves << LEAF_SHIFT) * sizeof(uint64_t)
+    e.most = ~<uint64_t>0 if nr_leaves < MAX_LEAVES else MAX_LEAVES - 1
+
+
+cdef int exception_table_map_leaves(exception_table *e) noexcept nogil:
+    cdef void *p = mmap(NULL, e.leaves_size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     if p == MAP_FAILED:
-        return -ENOMEM
-    e.directory = <uint32_t *>p
-    p = mmap(NULL, e.leaves_size, PROT_READ | PROT_WRITE,
-             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-    if p == MAP_FAILED:
-        munmap(e.directory, e.directory_size)
-        e.directory = NULL
         return -ENOMEM
     e.leaves = <uint64_t *>p
     if e.leaves_size > SMALL_LEAVES:
@@ -34,19 +37,39 @@ cdef int exception_table_init(exception_table *e, uint64_t nr_chunks) noexcept n
     return 0
 
 
+cdef int exception_table_init(exception_table *e, uint64_t nr_chunks) noexcept nogil:
+    cdef void *p
+    memset(e, 0, sizeof(exception_table))
+    exception_table_sizes(e, nr_chunks)
+    e.nr_leaves = 1
+    p = mmap(NULL, e.directory_size, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if p == MAP_FAILED:
+        return -ENOMEM
+    e.directory = <uint32_t *>p
+    if exception_table_map_leaves(e):
+        munmap(e.directory, e.directory_size)
+        e.directory = NULL
+        return -ENOMEM
+    return 0
+
+
 cdef int exception_table_extend(exception_table *e, uint64_t nr_chunks) noexcept nogil:
     """Make room for a longer origin. Nobody else looks: the gate is held exclusively."""
-    cdef exception_table longer
-    cdef int rc
+    cdef exception_table longer = e[0]
+    cdef void *p
     if nr_chunks <= e.nr_chunks:
         return 0
-    rc = exception_table_init(&longer, nr_chunks)
-    if rc:
-        return rc
-    memcpy(longer.directory, e.directory, e.directory_size)
+    exception_table_sizes(&longer, nr_chunks)
+    if exception_table_map_leaves(&longer):
+        return -ENOMEM
+    p = mremap(e.directory, e.directory_size, longer.directory_size, MREMAP_MAYMOVE)
+    if p == MAP_FAILED:
+        munmap(longer.leaves, longer.leaves_size)
+        return -ENOMEM
+    longer.directory = <uint32_t *>p
     memcpy(longer.leaves, e.leaves, (<size_t>e.nr_leaves << LEAF_SHIFT) * sizeof(uint64_t))
-    longer.nr_leaves = e.nr_leaves
-    exception_table_free(e)
+    munmap(e.leaves, e.leaves_size)
     e[0] = longer
     return 0
 

@@ -93,12 +93,17 @@ cdef enum:
     FAULT_NEW_TWICE
 
 
+cdef inline uint64_t store_chunks(store *st) noexcept nogil:
+    """Count the chunks of a store that are of use."""
+    return min(st.cow.size >> st.chunk_shift, st.exceptions.most)
+
+
 cdef int store_load(store *st, load_fault *fault) noexcept nogil:
     """Read all areas up to the first record that ends the list.
 
     Answers -EINVAL with `fault` filled for a record that cannot be right, and changes nothing.
     """
-    cdef uint64_t nr_chunks = st.cow.size >> st.chunk_shift
+    cdef uint64_t nr_chunks = store_chunks(st)
     cdef uint64_t area = 0, index = 0, first, n, i, highest = 1
     cdef uint64_t per_area = st.exceptions_per_area
     cdef uint8_t *taken = NULL       # a bit for each store chunk
@@ -199,7 +204,7 @@ cdef int store_prepare_exception(store *st, uint64_t *first, uint64_t *count) no
 
     -ENOSPC: the kernel's rule, COW sectors < (next_free + 1) * chunk.
     """
-    cdef uint64_t nr_chunks = st.cow.size >> st.chunk_shift
+    cdef uint64_t nr_chunks = store_chunks(st)
     cdef uint64_t room, place
     if st.next_free >= nr_chunks:
         return -ENOSPC

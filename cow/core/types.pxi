@@ -54,6 +54,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
 cdef extern from "<sys/mman.h>" nogil:
+    void *mremap(void *address, size_t old_size, size_t new_size, int flags, ...)
+    enum: MREMAP_MAYMOVE
     void *mmap(void *address, size_t length, int prot, int flags, int fd, int64_t offset)
     int munmap(void *address, size_t length)
     int madvise(void *address, size_t length, int advice)
@@ -255,6 +257,7 @@ cdef struct target:
 cdef struct exception_table:
     uint64_t nr_chunks
     uint32_t nr_leaves              # leaf 0 is shared by all that hold nothing, and stays zero
+    uint64_t most                   # exceptions there are leaves for, wherever they are
     uint32_t *directory             # leaf number of each 64 chunks
     uint64_t *leaves
     size_t directory_size
