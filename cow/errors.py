@@ -95,13 +95,14 @@ class ImageNotFound(ImageError, FileNotFoundError):
 
 
 class ImageLocked(ImageError):
-    """Another process, or another mapper, holds the image; `pid` is the holder's where known."""
+    """Another process, or another mapper, holds the image `path`; `pid` is whose, where known."""
 
     code = errno.EBUSY
 
-    def __init__(self, text: str, pid: int | None = None) -> None:
+    def __init__(self, text: str, pid: int | None = None, path: str = "") -> None:
         super().__init__(text)
         self.pid = pid
+        self.path = path
 
 
 def errno_name(code: int) -> str:

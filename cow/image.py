@@ -193,7 +193,7 @@ def _lock(file: int, path: str, readonly: bool) -> None:
         by = f"process {pid}" if pid else "another process"
         if pid == os.getpid():
             by = f"another mapper of this process ({pid})"
-        raise ImageLocked(f"{path}: in use by {by}", pid) from error
+        raise ImageLocked(f"{path}: in use by {by}", pid, path) from error
 
 
 def _relock(file: int, path: str) -> None:
@@ -203,6 +203,15 @@ def _relock(file: int, path: str) -> None:
     except ImageLocked:
         fcntl.flock(file, fcntl.LOCK_SH)
         raise
+
+
+def wait_for_lock(path: str) -> None:
+    """Wait until nobody else holds an image, which the caller does not hold either."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    finally:
+        os.close(file)
 
 
 def _holder(file: int) -> int | None:

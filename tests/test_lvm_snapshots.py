@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import itertools
 import random
@@ -18,7 +19,9 @@ from cow.lvm import snapshot_record
 from cow.lvm.allocation import PVRange
 from cow.lvm.check import problems
 from cow.lvm.command import Shell, run
+from cow.lvm.group import _open_again
 from cow.lvm.monitor import Monitor
+from cow.lvm.report.live import Live
 from cow.targets import snapshot_merge
 
 EXTENT = 128
@@ -705,6 +708,89 @@ def test_the_monitor_changes_nothing_while_a_command_runs(vg, paths):
     assert run(["lvs"], shell) == 0
     assert free
     assert not any(free)
+
+
+@pytest.fixture
+def idle(tmp_path):
+    """A mapper with a VG on two PVs, of which the second has nothing active on it; the paths."""
+    paths = [image(tmp_path / f"idle{n}.img", 49152) for n in range(2)]
+    with cow.Mapper(durability="process") as dm:
+        with lvm.create_vg("vg", paths, mapper=dm, extent_size=EXTENT) as vg:
+            vg.create_lv("org", extents=20)
+            vg.activate()
+        yield dm, paths
+
+
+def count_looks(monkeypatch) -> list[int]:
+    """Note each look of a monitor, when it is over."""
+    looks: list[int] = []
+    look = Monitor._look
+
+    def counted(monitor: Monitor) -> bool:
+        found = look(monitor)
+        looks.append(1)
+        return found
+
+    monkeypatch.setattr(Monitor, "_look", counted)
+    return looks
+
+
+def test_a_monitor_goes_on_when_a_reader_gives_the_images_back(idle, monkeypatch):
+    dm, paths = idle
+    looks = count_looks(monkeypatch)
+    with lvm.VolumeGroup.open(paths, readonly=True, mapper=dm) as reader:
+        monitor = Monitor(dm, reader._opener())
+        monitor.set_policy(70, 20)
+        poll(lambda: looks)
+    poll(lambda: len(looks) > 1)
+    monitor.stop()
+    assert len(looks) <= 3  # one of them for set_policy()
+
+
+def test_a_monitor_is_not_put_off_for_ever_by_a_reader_that_is_done_too_early(idle, monkeypatch):
+    """The images are given back between the look that cannot have them and the wait for that."""
+    dm, paths = idle
+    looks = count_looks(monkeypatch)
+    reader = lvm.VolumeGroup.open(paths, readonly=True, mapper=dm)
+    say = Monitor._say_unless_held
+
+    def say_late(monitor: Monitor, error: cow.CowError) -> None:
+        reader.close()
+        say(monitor, error)
+
+    monkeypatch.setattr(Monitor, "_say_unless_held", say_late)
+    monitor = Monitor(dm, reader._opener())
+    monitor.set_policy(70, 20)
+    poll(lambda: len(looks) > 1)
+    monitor.stop()
+
+
+def test_a_monitor_goes_on_when_another_process_lets_go_of_an_image(idle, monkeypatch):
+    dm, paths = idle
+    looks = count_looks(monkeypatch)
+    with open(paths[1], "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with lvm.VolumeGroup.open(paths[:1], mapper=dm) as part:
+            opener = functools.partial(_open_again, paths, part.id)
+        monitor = Monitor(dm, opener)
+        monitor.set_policy(70, 20)
+        poll(lambda: looks)
+    poll(lambda: len(looks) > 1)
+    monitor.stop()
+    assert len(looks) <= 3  # one of them for set_policy()
+
+
+def test_reports_tell_which_stores_grow_by_themselves(vg):
+    vg.create_snapshot("org", "s", extents=2)
+    live = Live(vg.mapper)
+    assert live.monitored(vg.lv("s")) == ""
+    monitor = vg.monitor(threshold=70)
+    assert live.monitored(vg.lv("s")) == "monitored"
+    assert live.monitored(vg.lv("org")) == ""
+    vg.monitor(threshold=100)
+    assert live.monitored(vg.lv("s")) == "not monitored"
+    monitor.stop()
+    assert live.monitored(vg.lv("s")) == ""
 
 
 def test_new_snapshots_are_watched_too(vg):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cow import _core
 from cow.mapper import Mapper
@@ -16,6 +16,45 @@ def lock_of(mapper: Mapper) -> threading.RLock:
     """Return the lock for changes of the VGs in a mapper, whoever has them open."""
     with mapper.lock:
         return _locks.setdefault(mapper, threading.RLock())
+
+
+class Releases:
+    """Tells those who could not write to an image when somebody gives back those he reads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number = 0
+        self._waiting: list[Callable[[], None]] = []
+
+    @property
+    def number(self) -> int:
+        """How often devices were given back so far."""
+        return self._number
+
+    def call(self, after: int, waiting: Callable[[], None]) -> None:
+        """Call once when devices are given back; at once if they were since number was `after`."""
+        with self._lock:
+            if self._number == after:
+                self._waiting.append(waiting)
+                return
+        waiting()
+
+    def note(self) -> None:
+        """Call those who wait: devices were given back."""
+        with self._lock:
+            self._number += 1
+            waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each()
+
+
+_releases: weakref.WeakKeyDictionary[Mapper, Releases] = weakref.WeakKeyDictionary()
+
+
+def releases_of(mapper: Mapper) -> Releases:
+    """Return who tells of devices that are given back in a mapper."""
+    with mapper.lock:
+        return _releases.setdefault(mapper, Releases())
 
 
 class Devices:
@@ -59,4 +98,6 @@ class Devices:
         else:
             for device in self._open.values():
                 self.mapper.release(device)
+            if self.readonly:  # what is open to be written is in nobody's way
+                releases_of(self.mapper).note()
         self._open.clear()

@@ -1,9 +1,9 @@
 """A thread that does what dmeventd and lvmpolld do: stores grow, merges are finished.
 
 It sleeps until something happens in the mapper: an event of a device, a new live table, the end of
-a merge. It looks at the clock only while a command holds an image that it needs. A snapshot has an
-event when its store is as full as the threshold allows. (daemons/dmeventd/plugins/snapshot,
-lvmpolld)
+a merge. A snapshot has an event when its store is as full as the threshold allows. Where an image
+is in other hands, as those of a command that only looks, it goes on when it is given back; it never
+looks at the clock. (daemons/dmeventd/plugins/snapshot, lvmpolld)
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from errno import EACCES, EBUSY
+from errno import EACCES
 from typing import Protocol
 
-from cow.errors import CowError, DeviceNotFound
+from cow.errors import CowError, DeviceNotFound, ImageError, ImageLocked
+from cow.image import wait_for_lock
 from cow.lvm.activation import Activation
 from cow.lvm.cow_size import low_water_mark, useful_extents
+from cow.lvm.devices import releases_of
 from cow.lvm.errors import LVMError
 from cow.lvm.merge import usage_of
 from cow.lvm.metadata import LogicalVolume, VolumeGroupMetadata
@@ -26,8 +28,8 @@ from cow.mapper import DIRECTORY, Mapper
 
 log = logging.getLogger("cow.lvm")
 
-RETRY_MS = 1000
-"""How long to wait until an image that is in other hands is tried again."""
+FOREVER_MS = 3_600_000
+"""Nothing is looked at when it is over."""
 STEP = 5
 """Percent between two tries to extend a store, and between two warnings."""
 WARN_FROM = 80
@@ -67,8 +69,8 @@ class Monitor:
         self._gate = mapper.gate
         self._opener = opener
         self._stopped = False
-        self._postponed = False
-        """Whether an image was in other hands, as those of a command that only looks."""
+        self._awaited: set[str] = set()
+        """Images that other processes hold, for each of which a thread waits."""
         self._said: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="cow-lvm-monitor", daemon=True)
 
@@ -100,9 +102,7 @@ class Monitor:
         seen = self._gate.event_nr
         while not self._stopped and self._look():
             while not self._stopped and self._gate.event_nr == seen:
-                self._gate.wait_event(seen, RETRY_MS if self._postponed else 3_600_000)
-                if self._postponed:
-                    break
+                self._gate.wait_event(seen, FOREVER_MS)
             seen = self._gate.event_nr
 
     def _look(self) -> bool:
@@ -110,19 +110,45 @@ class Monitor:
         mapper = self._mapper()
         if mapper is None or mapper.closed:
             return False
-        self._postponed = False
+        releases = releases_of(mapper)
+        seen = releases.number
         try:
             with self._opener(mapper) as group, group.lock:
                 for lv in list(group.metadata.lvs):
                     self._look_at(group, lv)
+        except ImageLocked as error:
+            self._await(error.path)
+        except ImageError as error:
+            if mapper.closed:
+                return False
+            self._say_unless_held(error)
+            releases.call(seen, self.wake)
         except CowError as error:
             if mapper.closed or isinstance(error, DeviceNotFound):
                 return not mapper.closed
-            self._postponed = isinstance(error, OSError) and error.errno in (EACCES, EBUSY)
-            if self._postponed:
-                return True
             self._say_once(str(error))
         return True
+
+    def _say_unless_held(self, error: ImageError) -> None:
+        """Say what is wrong with an image, but for one that somebody has open to be read."""
+        if error.errno != EACCES:
+            self._say_once(str(error))
+
+    def _await(self, path: str) -> None:
+        """Look again when another process is done with an image; a thread waits for its lock."""
+        if path not in self._awaited:
+            self._awaited.add(path)
+            name = "cow-lvm-lock"
+            threading.Thread(target=self._wait_for, args=(path,), name=name, daemon=True).start()
+
+    def _wait_for(self, path: str) -> None:
+        try:
+            wait_for_lock(path)
+        except OSError as error:
+            self._say_once(f"{path}: {error.strerror}")
+        self._awaited.discard(path)
+        if self.running:
+            self.wake()
 
     def _look_at(self, group: Watched, lv: LogicalVolume) -> None:
         try:
@@ -183,6 +209,13 @@ def _cannot_grow(lv: LogicalVolume) -> bool:
 
 _monitors: weakref.WeakKeyDictionary[Mapper, dict[str, Monitor]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def threshold_of(mapper: Mapper, vg_id: str) -> int | None:
+    """Return from which percentage on the stores of a VG grow; None if nobody looks at them."""
+    with _lock:
+        found = _monitors.get(mapper, {}).get(vg_id)
+    return found.threshold if found is not None and found.running else None
 
 
 def monitor_of(mapper: Mapper, vg_id: str, opener: Opener) -> Monitor:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from cow import _core
 from cow.lvm.activation import Activation
+from cow.lvm.devices import releases_of
 from cow.lvm.metadata import LogicalVolume, VolumeGroupMetadata
 from cow.mapper import Mapper
 
@@ -69,6 +70,7 @@ class RehearsalMapper:
         """Give everything back."""
         for device, _ in self._devices.values():
             self._mapper.release(device.below)
+        releases_of(self._mapper).note()
         self._devices.clear()
         if self._own:
             self._mapper.close()

@@ -13,6 +13,7 @@ from cow.device import DeviceInfo
 from cow.errors import DeviceNotFound
 from cow.lvm.cow_size import Usage, parse_usage
 from cow.lvm.metadata import LogicalVolume
+from cow.lvm.monitor import threshold_of
 from cow.lvm.names import dm_uuid
 from cow.mapper import DIRECTORY, Mapper
 
@@ -48,6 +49,7 @@ class Live:
 
     def __init__(self, mapper: Mapper | None) -> None:
         self.known = mapper is not None
+        self._mapper = mapper
         self._devices = dict(_look(mapper)) if mapper is not None else {}
 
     def device(self, lv: LogicalVolume, layer: str = "") -> LiveDevice | None:
@@ -62,6 +64,17 @@ class Live:
         """Tell whether somebody has the LV open."""
         device = self.device(lv)
         return device is not None and device.info.open_count > 0
+
+    def monitored(self, lv: LogicalVolume) -> str:
+        """Tell whether a store grows by itself: "monitored" or not; "" where nobody looks."""
+        record = lv.snapshot
+        if self._mapper is None or record is None or not self.is_active(lv):
+            return ""
+        threshold = threshold_of(self._mapper, lv.vg.id)
+        if threshold is None:
+            return ""
+        grows = threshold < 100 and not record.segments[0].merging
+        return "monitored" if grows else "not monitored"
 
     def usage(self, lv: LogicalVolume) -> Usage | None:
         """Return how full the store of a snapshot is, or what is left to merge into an origin."""

@@ -355,5 +355,6 @@ VALUES: Final[dict[str, Values]] = {
     "seg_le_ranges": _le_ranges,
     "devices": _devices,
     "metadata_devices": _metadata_devices,
+    "seg_monitor": lambda row: row.live.monitored(_lv(row)) if row.lv else "",
     "cache_policy": _of_segment(lambda segment: str(segment.extra.get("policy", "")), ""),
 }
