@@ -60,7 +60,8 @@ class Scan:
 
     def __init__(self, devices: Devices) -> None:
         self.devices = devices
-        found = scan_devices(devices.items())
+        with lock_of(devices.mapper):  # a change is seen whole or not at all
+            found = scan_devices(devices.items())
         self.pvs = found.devices
         self.without_label = found.without_label
         self.warnings = found.warnings
