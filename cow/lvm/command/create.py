@@ -302,9 +302,11 @@ def wipe(vg: VolumeGroup, lv: LogicalVolume, *, active: bool) -> None:
 def _snapshot(
     command: Command, vg: VolumeGroup, origin: str, name: str | None, given: dict[str, Any]
 ) -> LogicalVolume:
-    if not command.options.has("size", "extents"):
-        raise LVMError("Please specify either size or extents with snapshots.")
     held = vg.metadata.find_lv(origin)
+    if not command.options.has("size", "extents"):
+        if held is not None and held.segments and held.segments[0].type == "thin":
+            raise LVMError(f"Cannot make a thin snapshot of {held}: LVs of type thin are not run.")
+        raise LVMError("Please specify either size or extents with snapshots.")
     if held is not None and held.is_virtual_origin:
         raise LVMError("Can't share virtual origins. Use --virtualsize.")
     size = size_of(command, vg, given["ranges"], "%FREE, %ORIGIN, %PVS or %VG", held)
