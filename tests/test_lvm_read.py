@@ -705,7 +705,9 @@ READ_ONLY = {
     ),
     '"VISIBLE" => "VISIBLE", "STRANGE"': "Cannot change VG vga with unknown status flag 'STRANGE'.",
     '"ALLOCATABLE" => "STRANGE"': "Cannot change VG vga with unknown status flag 'STRANGE'.",
-    '"ALLOCATABLE" => "ALLOCATABLE", "MISSING"': "Cannot change VG vga while PVs are missing.",
+    '"ALLOCATABLE" => "ALLOCATABLE", "MISSING"': (
+        "Cannot change VG vga while PVs are missing.\nSee vgreduce --removemissing."
+    ),
     '"striped" => "strange"': "Cannot change VG vga with unknown segments in it!",
     '"striped" => "striped+STRANGE"': "Cannot change VG vga with unknown segments in it!",
 }

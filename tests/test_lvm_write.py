@@ -397,6 +397,59 @@ def test_a_vg_grows_by_pvs(tmp_path):
     assert disks[1].text(63 * MIB, MIB) == disks[0].text()
 
 
+def test_a_pv_that_was_taken_out_is_an_orphan_and_the_rest_has_the_newest_text(tmp_path):
+    paths = [str(disk) for disk in make_disks(tmp_path, 2)]
+    with lvm.create_vg("vg", paths) as vg:
+        vg.create_lv("one", extents=2)
+        vg.reduce(paths[1])
+        assert [pv.path for pv in vg.pvs] == paths[:1]
+        with pytest.raises(lvm.LVMError, match="still in use"):
+            vg.reduce(paths[0])
+    with lvm.scan(paths, readonly=True) as scan:
+        assert scan.warnings == []
+        assert [pv.vg_name for pv in scan.pvs] == ["vg", ""]
+
+
+def test_missing_pvs_are_taken_out_where_nothing_lies_on_them(tmp_path):
+    paths = [str(disk) for disk in make_disks(tmp_path, 3)]
+    with lvm.create_vg("vg", paths) as vg:
+        vg.create_lv("one", extents=2)
+    with lvm.VolumeGroup.open(paths[:2]) as vg:
+        vg.remove_missing()
+        assert [pv.path for pv in vg.pvs] == paths[:2]
+        assert vg.readonly_reason is None
+        vg.create_lv("two", extents=1)
+    with lvm.VolumeGroup.open(paths[1:2]) as vg:
+        before = vg.metadata.seqno
+        with pytest.raises(lvm.LVMError, match="There are still partial LVs"):
+            vg.remove_missing()
+        assert vg.metadata.seqno == before
+        assert [pv.missing for pv in vg.pvs] == [True, False]
+
+
+def test_an_exported_vg_is_left_alone_until_it_is_imported(tmp_path):
+    (path,) = map(str, make_disks(tmp_path, 1))
+    with lvm.create_vg("vg", [path]) as vg:
+        vg.create_lv("one", extents=1)
+        vg.activate()
+        with pytest.raises(lvm.LVMError, match="has active logical volumes"):
+            vg.export_vg()
+        vg.deactivate()
+        vg.export_vg()
+        assert vg.metadata.status == ["EXPORTED", "RESIZEABLE", "READ", "WRITE"]
+        assert [pv.status for pv in vg.pvs] == [["ALLOCATABLE", "EXPORTED"]]
+        for change in (vg.activate, vg.export_vg, lambda: vg.remove_lv("one")):
+            with pytest.raises(lvm.LVMError, match="Volume group vg is exported"):
+                change()
+    with lvm.VolumeGroup.open([path], readonly=True) as vg:
+        vg.activate()
+        assert vg.device("one").pread(512, 0) == bytes(512)
+    with lvm.VolumeGroup.open([path]) as vg:
+        vg.import_vg()
+        assert vg.metadata.status == ["RESIZEABLE", "READ", "WRITE"]
+        vg.activate()
+
+
 def test_a_vg_that_is_not_resizeable_does_not_grow(tmp_path):
     disks = make_disks(tmp_path)
     with make_vg(disks[:1]) as vg:

@@ -51,6 +51,7 @@ LAYERS = (
     "cow.lvm.monitor",
     "cow.lvm.active",
     "cow.lvm.snapshots",
+    "cow.lvm.vg_changes",
     "cow.lvm.group",
     "cow.lvm.manage",
     "cow.lvm",

@@ -21,7 +21,7 @@ from cow.lvm.cow_size import (
     cap_extended,
     extend_percent,
 )
-from cow.lvm.errors import InUse, LVMError, RequestError
+from cow.lvm.errors import InUse, LVMError, RequestError, VGNotWritable
 from cow.lvm.merge import usage_of
 from cow.lvm.metadata import (
     LogicalVolume,
@@ -68,11 +68,13 @@ class ActiveVolumeGroup(ABC):
         """Return an LV by name; LVNotFound if there is none."""
 
     @abstractmethod
-    def change(self, command: str) -> AbstractContextManager[VolumeGroupMetadata]:
+    def change(
+        self, command: str, *, cures: bool = False
+    ) -> AbstractContextManager[VolumeGroupMetadata]:
         """Give a copy of the metadata to edit, and commit it at the end of the with block."""
 
     @abstractmethod
-    def _check_writable(self) -> None:
+    def _check_writable(self, *, cures: bool = False) -> None:
         """Read the metadata again if it changed; VGNotWritable if the VG may not be."""
 
     @abstractmethod
@@ -96,13 +98,16 @@ class ActiveVolumeGroup(ABC):
 
         An LV stands for its family: with an origin its snapshots are activated, and the other way
         round. In a group opened read-only nothing is written, and a pending merge does not start.
-        LVMError names what could not be activated, when all the rest is.
+        LVMError names what could not be activated, when all the rest is. An exported VG is only
+        activated in a group opened read-only.
         """
         if reason := self.idle_reason:
             raise LVMError(reason)
         with self.lock, self.metadata.looked_at():
             if mapper is not None and mapper is not self.mapper:
                 self._move_to(mapper)
+            if "EXPORTED" in self.metadata.status and not self.activation.readonly:
+                raise VGNotWritable(f"Volume group {self.name} is exported")
             failed = []
             for lv in self._chosen(lvs):
                 if "ACTIVATION_SKIP" in lv.flags and not ignore_skip:

@@ -84,7 +84,7 @@ def change_problem(vg: VolumeGroupMetadata) -> str | None:
     if words := unknown_status(vg):
         return f"Cannot change VG {vg.name} with unknown status flag '{words[0]}'."
     if vg.missing_pvs:
-        return f"Cannot change VG {vg.name} while PVs are missing."
+        return f"Cannot change VG {vg.name} while PVs are missing.\nSee vgreduce --removemissing."
     if unknown_segment_types(vg):
         return f"Cannot change VG {vg.name} with unknown segments in it!"
     return None

@@ -332,6 +332,37 @@ def change_vg(
     _set_flags(vg.flags, flags)
 
 
+def remove_pv(vg: VolumeGroupMetadata, pv_id: str) -> None:
+    """Take a PV out of the VG; InUse if an LV lies on it."""
+    pv = vg.pv_with_id(pv_id)
+    assert pv is not None
+    above = [lv for lv in vg.lvs if any(a.of is pv for s in lv.segments for a in s.areas)]
+    if above and pv.missing:
+        names = [f"WARNING: Partial LV {lv.name} needs to be repaired or removed." for lv in above]
+        raise InUse("\n".join([*names, f"There are still partial LVs in VG {vg.name}."]))
+    if above:
+        raise InUse(f'Physical volume "{pv.path}" still in use')
+    if len(vg.pvs) == 1:
+        raise LVMError(
+            f'Can\'t remove final physical volume "{pv.path}" from volume group "{vg.name}"'
+        )
+    vg.pvs.remove(pv)
+
+
+def set_exported(vg: VolumeGroupMetadata, exported: bool) -> None:
+    """Mark a VG and its PVs as exported, or not; LVMError if they are that already."""
+    if exported is ("EXPORTED" in vg.status):
+        shown = f"{vg.name} is" if exported else f'"{vg.name}" is not'
+        raise LVMError(f"Volume group {shown} exported")
+    vg.status = [word for word in vg.status if word != "EXPORTED"]
+    for pv in vg.pvs:
+        pv.status = [word for word in pv.status if word != "EXPORTED"]
+    if exported:
+        vg.status.insert(0, "EXPORTED")
+        for pv in vg.pvs:
+            pv.status.append("EXPORTED")
+
+
 def _set_flags(flags: list[str], changes: dict[str, bool] | None) -> None:
     for flag, on in (changes or {}).items():
         if not on and flag in flags:

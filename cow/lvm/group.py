@@ -34,6 +34,7 @@ from cow.lvm.errors import (
     InUse,
     LVMError,
     MetadataError,
+    PVNotFound,
     RequestError,
     VGNotFound,
     VGNotWritable,
@@ -45,8 +46,8 @@ from cow.lvm.metadata_text import vg_from_text
 from cow.lvm.monitor import Opener
 from cow.lvm.names import check_vg_name, dashed_id
 from cow.lvm.pv import PVOptions, connect_pvs, device_hint, make_pvs, new_pv, set_used
-from cow.lvm.snapshots import SnapshottingVolumeGroup
 from cow.lvm.text import parse
+from cow.lvm.vg_changes import ChangingVolumeGroup
 from cow.mapper import Mapper
 
 log = logging.getLogger("cow.lvm")
@@ -125,7 +126,7 @@ def _pick(vgs: list[VolumeGroup], unreadable: list[FoundVG], name: str | None) -
     raise VGNotFound(f'Volume group "{name}" not found' if name else "No volume group found")
 
 
-class VolumeGroup(SnapshottingVolumeGroup):
+class VolumeGroup(ChangingVolumeGroup):
     """One VG on devices that stay open until close().
 
     `metadata` is the committed generation; to change it, edit what change() gives. `report` gets
@@ -264,11 +265,15 @@ class VolumeGroup(SnapshottingVolumeGroup):
     @property
     def readonly_reason(self) -> str | None:
         """Why the VG can only be read, in LVM's words; None if it can be changed."""
+        return self._devices_problem or change_problem(self.metadata)
+
+    @property
+    def _devices_problem(self) -> str | None:
         if self._devices.readonly:
             return f"Volume group {self.name} was opened read-only."
         if self._found.duplicates:
             return f"Cannot update volume group {self.name} with duplicate PV devices."
-        return change_problem(self.metadata)
+        return None
 
     @property
     def idle_reason(self) -> str | None:
@@ -299,23 +304,26 @@ class VolumeGroup(SnapshottingVolumeGroup):
     # Changing.
 
     @contextmanager
-    def change(self, command: str) -> Iterator[VolumeGroupMetadata]:
+    def change(self, command: str, *, cures: bool = False) -> Iterator[VolumeGroupMetadata]:
         """Give a copy of the metadata to edit, and commit it at the end of the with block.
 
         `command` describes the change in the metadata. If anything raises, the VG is as it was.
+        With `cures` the VG may be one that cannot be changed, if the copy can at the end.
         """
         with self.lock:
-            self._check_writable()
+            self._check_writable(cures=cures)
             new = self.metadata.copy()
             yield new
+            if cures:
+                refuse_change(new)
             self._commit(new, command)
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, *, cures: bool = False) -> None:
         if any(mda.changed() for pv in self.pvs for mda in pv.mdas if not mda.bad):
             self.refresh()
-        if reason := self.readonly_reason:
+        reason = self._devices_problem or access_problem(self.metadata)
+        if reason := reason or (None if cures else change_problem(self.metadata)):
             raise VGNotWritable(reason)
-        refuse_change(self.metadata)
 
     def _commit(
         self,
@@ -435,6 +443,17 @@ class VolumeGroup(SnapshottingVolumeGroup):
                     self._findings.devices.append(found)
         self.report(f'Volume group "{self.name}" successfully extended')
 
+    def reduce(self, path: str) -> None:
+        """Take a PV out of the VG on which nothing lies; it belongs to nobody then."""
+        found = next((pv for pv in self.pvs if pv.path == path), None)
+        if found is None:
+            raise PVNotFound(f'Failed to find physical volume "{path}".')
+        with self.change(f"vgreduce {self.name} {path}") as new:
+            edit.remove_pv(new, found.id)
+        members = [each for each in self._findings.devices if each.label.pv_id == found.id]
+        self._make_orphans(members)
+        self.report(f'Removed "{path}" from volume group "{self.name}"')
+
     def rename(self, new_name: str) -> None:
         """Give the VG another name. None of its LVs may be active."""
         check_vg_name(new_name)
@@ -447,31 +466,6 @@ class VolumeGroup(SnapshottingVolumeGroup):
             new.name = new_name
         self.report(f'Volume group "{old_name}" successfully renamed to "{new_name}"')
 
-    def change_vg(
-        self,
-        *,
-        add_tags: Iterable[str] = (),
-        remove_tags: Iterable[str] = (),
-        resizeable: bool | None = None,
-        max_lv: int | None = None,
-        max_pv: int | None = None,
-        policy: str | None = None,
-        flags: dict[str, bool] | None = None,
-    ) -> None:
-        """Change what vgchange changes in the metadata; flags such as NOAUTOACTIVATE on or off."""
-        with self.change(f"vgchange {self.name}") as new:
-            edit.change_vg(
-                new,
-                add_tags=add_tags,
-                remove_tags=remove_tags,
-                resizeable=resizeable,
-                max_lv=max_lv,
-                max_pv=max_pv,
-                policy=policy,
-                flags=flags,
-            )
-        self.report(f'Volume group "{self.name}" successfully changed')
-
     def remove(self) -> None:
         """Remove the VG with all its LVs; its PVs belong to nobody then."""
         with self.lock:
@@ -483,16 +477,20 @@ class VolumeGroup(SnapshottingVolumeGroup):
                 raise LVMError(
                     f'Volume group "{self.name}" still contains {len(left)} logical volume(s)'
                 )
-            members = [each for each in self._findings.devices if each.vg_id == self.id]
-            for found in members:
-                for mda in found.mdas:
-                    mda.initialize(ignored=mda.ignored)
-            flush_devices(found.device for found in members)
-            for found in members:
-                set_used(found, False)
-                found.vg_name = found.vg_id = ""
-            flush_devices(found.device for found in members)
+            self._make_orphans([each for each in self._findings.devices if each.vg_id == self.id])
         self.report(f'Volume group "{self.name}" successfully removed')
+
+    @staticmethod
+    def _make_orphans(members: Sequence[PVDevice]) -> None:
+        """Forget the metadata on PVs, and let their labels say that they belong to nobody."""
+        for found in members:
+            for mda in found.mdas:
+                mda.initialize(ignored=mda.ignored)
+        flush_devices(found.device for found in members)
+        for found in members:
+            set_used(found, False)
+            found.vg_name = found.vg_id = ""
+        flush_devices(found.device for found in members)
 
     def update_metadata(self) -> None:
         """Write the metadata anew to every area, also damaged and outdated ones (vgck)."""

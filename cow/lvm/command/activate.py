@@ -39,6 +39,8 @@ def activate_lv(command: Command, vg: VolumeGroup, lv: LogicalVolume, mode: str)
 
 def activate_vg(command: Command, vg: VolumeGroup, mode: str) -> None:
     """Activate or deactivate the LVs of a VG, and say how many are active then."""
+    if "EXPORTED" in vg.metadata.status:
+        raise LVMError(f"Volume group {vg.name} is exported")
     if not wants_active(mode):
         opened = [lv for lv in vg.metadata.lvs if lv.visible and command.live.is_open(lv)]
         if opened:

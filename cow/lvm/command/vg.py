@@ -1,4 +1,4 @@
-"""vgcreate, vgextend, vgremove, vgrename, vgchange, vgck, vgcfgbackup, vgcfgrestore."""
+"""vgcreate, vgextend, vgreduce, vgremove, vgrename, vgexport, vgimport, vgchange, vgck, backups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cow.errors import CowOSError
 from cow.lvm import manage
 from cow.lvm.command import activate
 from cow.lvm.command.command import Command, write_backup
-from cow.lvm.command.options import UsageError
+from cow.lvm.command.options import ParseError, UsageError
 from cow.lvm.command.pv import pv_options, read_text
 from cow.lvm.errors import LVMError, RequestError, VGNotFound
 from cow.lvm.group import VolumeGroup
@@ -103,6 +103,76 @@ def vgextend(command: Command) -> None:
     command.remember(devices)
 
 
+def vgreduce(command: Command) -> None:
+    """Take PVs out of a VG: those that are named, all that are empty, or those that are missing."""
+    options = command.options
+    if not command.args:
+        raise UsageError("")
+    if options.has("removemissing") and options.has("all"):
+        raise ParseError("Command does not accept option: --removemissing.")
+    if options.has("removemissing", "all") and len(command.args) > 1:
+        raise ParseError(f"Command does not accept argument: {command.args[1]}.")
+    if not options.has("removemissing", "all") and len(command.args) < 2:
+        raise UsageError("")
+    name, *named = command.args
+    named = command.existing(named) if named else []
+    if not (named or options.has("removemissing", "all")):
+        return
+    paths = [command.image(each) for each in named]
+    command.scan(readonly=False)
+    try:
+        vg = command.vg(command.vg_of(name))
+        if options.has("removemissing"):
+            vg.remove_missing()
+            return
+    except VGNotFound as error:
+        command.fail_with(error)
+        for each in named:
+            command.fail(f'Failed to find physical volume "{each}".')
+        return
+    members = [pv.path for pv in vg.pvs if not pv.missing]
+    chosen = [path for path in members if path in (*named, *paths) or not named]
+    for path in chosen:
+        try:
+            if named and "EXPORTED" in vg.metadata.status:
+                raise LVMError(f"Cannot use PV {path} in exported VG {vg.name}.")
+            vg.reduce(path)
+        except CowOSError as error:
+            command.fail_with(error)
+    for each, path in zip(named, paths, strict=True):
+        if each not in chosen and path not in chosen:
+            command.fail(f'Failed to find physical volume "{each}".')
+
+
+def vgexport(command: Command) -> None:
+    """Export VGs: nobody uses them until they are imported."""
+    _export(command, True)
+
+
+def vgimport(command: Command) -> None:
+    """Import VGs that were exported."""
+    _export(command, False)
+
+
+def _export(command: Command, exported: bool) -> None:
+    options = command.options
+    if not (command.args or options.has("all", "select")):
+        raise UsageError("")
+    if command.args and options.has("all"):
+        raise ParseError(f"Command does not accept argument: {command.args[0]}.")
+    command.scan(readonly=False)
+    for vg in command.each_vg(command.args):
+        if exported and options.has("all") and "EXPORTED" in vg.metadata.status:
+            continue
+        try:
+            if exported:
+                vg.export_vg()
+            else:
+                vg.import_vg()
+        except CowOSError as error:
+            command.fail_with(error)
+
+
 def vgremove(command: Command) -> None:
     """Remove VGs with their LVs, which is asked about."""
     command.scan(readonly=False)
@@ -184,6 +254,9 @@ def vgck(command: Command) -> None:
                 continue
         except CowOSError as error:
             command.fail_with(error)
+            continue
+        if "EXPORTED" in vg.metadata.status:
+            command.fail(f"Volume group {vg.name} is exported")
             continue
         for problem in vg.problems():
             command.fail(problem)
