@@ -39,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     built = Path(cow._core.__file__)
     if PROFILE not in ("release", "coverage") and ROOT / "build" / PROFILE not in built.parents:
         raise pytest.UsageError(f"COW_BUILD={PROFILE}, but cow._core comes from {built}")
+    state = tempfile.mkdtemp(prefix="cow-state-")
+    config.add_cleanup(lambda: shutil.rmtree(state, ignore_errors=True))
+    os.environ["XDG_STATE_HOME"] = state  # where cow lvm keeps backups of metadata
     if preloaded := os.environ.pop("LD_PRELOAD", ""):
         config.add_cleanup(preload_pythons(preloaded))
 

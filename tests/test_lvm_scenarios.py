@@ -6,88 +6,19 @@ The tests here are named after the scenario of lvm2's test/shell; the figures ar
 from __future__ import annotations
 
 import random
-import threading
 
 import pytest
 from support import fill, poll
 from support.lvm import every_kind
+from support.lvm_machine import Machine
 
 from cow.errors import CowError
-from cow.lvm.command import Shell, run
 from cow.lvm.metadata_text import vg_from_text
 from cow.lvm.names import dashed_id
 from cow.lvm.text import parse
-from cow.mapper import Mapper
 
 KIB = 1 << 10
 MIB = 1 << 20
-
-
-class Machine:
-    """Image files, a mapper, and LVM's command line on them."""
-
-    def __init__(self, folder) -> None:
-        self.folder = folder
-        self.mapper = Mapper(durability="process")
-        self.environ = {"LVM_SYSTEM_DIR": str(folder)}
-        self.devices: list[str] = []
-        self.lock = threading.RLock()
-        self.said = ""
-
-    def disk(self, name: str, size: int) -> str:
-        path = self.folder / name
-        with path.open("wb") as file:
-            file.truncate(size)
-        self.devices.append(str(path))
-        return str(path)
-
-    def run(self, line: str) -> int:
-        """Run a command line and return its exit code; `said` is what it printed."""
-        said: list[str] = []
-        shell = Shell(
-            said.append,
-            said.append,
-            self.mapper,
-            directory=str(self.folder),
-            environ=self.environ,
-            devices=self.devices,
-            lock=self.lock,
-        )
-        status = run(line.split(), shell)
-        self.said = "".join(said)
-        return status
-
-    def __call__(self, line: str) -> str:
-        """Run a command line that has to succeed."""
-        status = self.run(line)
-        assert status == 0, f"$ {line}\n{self.said}"
-        return self.said
-
-    def refused(self, line: str, status: int = 5) -> str:
-        """Run a command line that has to fail and to change nothing; return what it said."""
-        before = self.field("vg", "vg_seqno", "vgs")
-        assert self.run(line) == status, f"$ {line}\n{self.said}"
-        said = self.said
-        assert self.field("vg", "vg_seqno", "vgs") == before
-        return said
-
-    def field(self, what: str, field: str, verb: str = "lvs") -> str:
-        """Return a field of a report, sizes in KiB."""
-        return self(f"{verb} -a --noheadings --units k -o {field} {what}").strip()
-
-    def names(self) -> list[str]:
-        """Return the LVs that are shown, sorted."""
-        return self.field("vg", "lv_name").split()
-
-    def table(self, lv: str) -> str:
-        return self.mapper.table(f"vg-{lv}")
-
-    def write(self, lv: str, size: int, offset: int = 0, seed: int = 1) -> None:
-        self.mapper.device(f"vg-{lv}").pwrite(fill(size, seed), offset)
-
-    def read(self, lv: str, size: int | None = None, offset: int = 0) -> bytes:
-        device = self.mapper.device(f"vg-{lv}")
-        return device.pread(device.size if size is None else size, offset)
 
 
 @pytest.fixture

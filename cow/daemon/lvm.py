@@ -45,6 +45,8 @@ class Session:
     ) -> int:
         """Run it and return its exit code; the client may be gone by then."""
         environ = {"COW_LVM_DEVICES": devices or ""}
+        # Backups of metadata go to the state folder of the user, who is the same on both sides.
+        environ |= {k: os.environ[k] for k in ("HOME", "XDG_STATE_HOME") if k in os.environ}
         if system_dir:
             environ["LVM_SYSTEM_DIR"] = os.path.join(directory, system_dir)
         shell = Shell(

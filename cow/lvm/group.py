@@ -374,6 +374,8 @@ class VolumeGroup(ChangingVolumeGroup):
         if self.backups:
             try:
                 self.backups.backup(self.metadata, self._command or command)
+                if old.name != new.name:
+                    self.backups.remove(old.name)
             except OSError as error:
                 self.report(f"WARNING: This metadata update is NOT backed up: {error}")
 
@@ -477,7 +479,11 @@ class VolumeGroup(ChangingVolumeGroup):
                 raise LVMError(
                     f'Volume group "{self.name}" still contains {len(left)} logical volume(s)'
                 )
+            if self.backups and not (self._command and self._writes):
+                self.backups.archive(self.metadata, self._command or f"vgremove {self.name}")
             self._make_orphans([each for each in self._findings.devices if each.vg_id == self.id])
+            if self.backups:
+                self.backups.remove(self.name)
         self.report(f'Volume group "{self.name}" successfully removed')
 
     @staticmethod

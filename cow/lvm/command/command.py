@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from cow.errors import CowOSError
 from cow.lvm import group
+from cow.lvm.backups import Backups
 from cow.lvm.command.options import FAILED, OK, Options
 from cow.lvm.command.rehearsal import (
     RehearsalActivation,
@@ -68,7 +69,7 @@ class Command:
         self.status = OK
         self.quiet = options.get("quiet", 0)
         self._scan: Scan | None = None
-        self._seqnos: dict[str, int] = {}
+        self._backups: Backups | None = None
         self._shown: dict[str, str] = {}
         self._live: Live | None = None
         self._units: Units | None = None
@@ -272,41 +273,67 @@ class Command:
         scan.without_label = [self._shown.get(path, path) for path in scan.without_label]
         for each in scan.pvs:
             each.path = self._shown.get(each.path, each.path)
-        self._seqnos = {vg.id: vg.metadata.seqno for vg in scan.vgs}
         for vg in scan.vgs:
             vg.report = self.report
             vg.confirm = self._confirm_later
             if self.options.has("test"):
                 vg.activation = vg.work = RehearsalActivation(vg.mapper, report=self.report)
             vg.command = self.line
+            vg.backups = None if readonly else self.automatic_backups
             for pv in vg.metadata.pvs:
                 pv.path = self._shown.get(pv.path, pv.path)
         return scan
 
-    def backup_path(self, name: str) -> str | None:
-        """Return where backups of a VG go: below LVM_SYSTEM_DIR; None if that is not set."""
-        folder = self.shell.environ.get("LVM_SYSTEM_DIR")
-        if not folder:
-            return None
-        chosen = self.settings.text("backup/backup_dir") or os.path.join(folder, "backup")
-        return os.path.join(self.shell.path(chosen), name)
+    @property
+    def backups(self) -> Backups:
+        """Where the metadata from before and after a command is kept, as lvm.conf says.
 
-    def back_up(self, vg: VolumeGroup) -> None:
-        """Write the metadata of a VG that was changed into a file, where that is wanted."""
-        path = self.backup_path(vg.name)
-        if path is None or self.options.has("test") or not self.settings.flag("backup/backup"):
-            return
-        try:
-            write_backup(path, vg)
-        except OSError as error:
-            self.warn(f"WARNING: {path}: this metadata update is not backed up: {error.strerror}")
+        Below LVM_SYSTEM_DIR, or below XDG_STATE_HOME/cow/lvm (~/.local/state/cow/lvm).
+        """
+        if self._backups is None:
+            self._backups = Backups(
+                self._backup_folder("backup"),
+                self._backup_folder("archive"),
+                retain_min=self.settings.number("backup/retain_min"),
+                retain_days=self.settings.number("backup/retain_days"),
+            )
+        return self._backups
+
+    def _backup_folder(self, kind: str) -> Path | None:
+        environ = self.shell.environ
+        folder = environ.get("LVM_SYSTEM_DIR")
+        if not folder:
+            home = environ.get("HOME")
+            state = environ.get("XDG_STATE_HOME") or (home and os.path.join(home, ".local/state"))
+            folder = os.path.join(state, "cow", "lvm") if state else None
+        chosen = self.settings.text(f"backup/{kind}_dir")
+        if not chosen and folder is None:
+            return None
+        return Path(self.shell.path(chosen or os.path.join(folder or "", kind)))
+
+    @property
+    def automatic_backups(self) -> Backups | None:
+        """The same for what is kept without being asked for; None: nothing is."""
+        kept = self.backups
+        if self.options.has("test") or self.options.no("autobackup"):
+            return None
+        if not self.shell.environ.get("LVM_SYSTEM_DIR") and kept.archive_dir is not None:
+            try:  # who has no home of his own can work all the same
+                kept.archive_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                self.warn(f"WARNING: {kept.archive_dir}: metadata is not kept: {error.strerror}")
+                return None
+        return Backups(
+            kept.backup_dir if self.settings.flag("backup/backup") else None,
+            kept.archive_dir if self.settings.flag("backup/archive") else None,
+            retain_min=kept.retain_min,
+            retain_days=kept.retain_days,
+        )
 
     def close(self) -> None:
         """Give the devices back."""
         if self._scan is not None:
             for vg in self._scan.vgs:
-                if self._seqnos.get(vg.id, vg.metadata.seqno) != vg.metadata.seqno:
-                    self.back_up(vg)
                 self._monitor(vg)
             self._scan.close()
             self._scan = None
@@ -489,17 +516,3 @@ class Command:
         scan = self.scan()
         shown = self._shown.get(path, path)
         return next((each for each in scan.pvs if each.path in (path, shown, name)), None)
-
-
-def write_backup(path: str, vg: VolumeGroup) -> None:
-    """Write the metadata of a VG into a file, all of it or nothing."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    new = f"{path}.{os.getpid()}.new"
-    try:
-        with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(vg.backup())
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(new)
-        raise

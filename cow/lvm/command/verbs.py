@@ -243,11 +243,12 @@ VERBS: Final = (
     Verb(
         "vgcfgrestore",
         "make the metadata in a file that of a volume group",
-        ("-f|--file String VG",),
-        "f|file=text force* M|metadatatype=text",
+        ("-f|--file String VG", "VG", "-l|--list VG", "-l|--list -f|--file String"),
+        "f|file=text force* l|list M|metadatatype=text",
         "vg.vgcfgrestore",
-        least=1,
         most=1,
+        note="Without --file the newest backup is taken: of LVM_SYSTEM_DIR/backup, or else of"
+        " XDG_STATE_HOME/cow/lvm/backup (~/.local/state). Older ones are in the archive beside it.",
     ),
     Verb(
         "vgchange",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
+from pathlib import Path
 
 from cow.errors import CowOSError
 from cow.lvm import manage
+from cow.lvm.backups import describe, write_backup
 from cow.lvm.command import activate
-from cow.lvm.command.command import Command, write_backup
+from cow.lvm.command.command import Command
 from cow.lvm.command.options import ParseError, UsageError
 from cow.lvm.command.pv import pv_options, read_text
 from cow.lvm.errors import LVMError, RequestError, VGNotFound
@@ -75,7 +78,8 @@ def vgcreate(command: Command) -> None:
         **given,
     ) as vg:
         command.remember(devices)
-        command.back_up(vg)
+        if backups := command.automatic_backups:
+            backups.backup(vg.metadata, command.line)
 
 
 def _exists(command: Command, name: str) -> bool:
@@ -267,10 +271,10 @@ def vgck(command: Command) -> None:
 
 def backup_path(command: Command, name: str) -> str:
     """Return where the backup of a VG is if no file is named."""
-    path = command.backup_path(name)
+    path = command.backups.path(name)
     if path is None:
-        raise RequestError("Please name a file with --file: LVM_SYSTEM_DIR is not set.")
-    return path
+        raise RequestError("Please name a file with --file: LVM_SYSTEM_DIR and HOME are not set.")
+    return str(path)
 
 
 def vgcfgbackup(command: Command) -> None:
@@ -281,9 +285,8 @@ def vgcfgbackup(command: Command) -> None:
         raise RequestError("File name has to hold %s where there are several volume groups.")
     for vg in vgs:
         name = backup_path(command, vg.name) if given is None else given.replace("%s", vg.name)
-        path = command.shell.path(name)
         try:
-            write_backup(path, vg)
+            write_backup(Path(command.shell.path(name)), vg.backup())
         except OSError as error:
             command.fail(f"{name}: {error.strerror}")
             continue
@@ -291,13 +294,41 @@ def vgcfgbackup(command: Command) -> None:
 
 
 def vgcfgrestore(command: Command) -> None:
-    """Make the metadata in a file that of a VG."""
+    """Make the metadata in a file that of a VG, or list the files there are."""
+    file = command.options.get("file")
+    if command.options.has("list"):
+        if not (command.args or file):
+            raise UsageError("")
+        _list_backups(command, file)
+        return
+    if not command.args:
+        raise UsageError("")
     name = command.args[0].removeprefix("/dev/")
     try:
-        _restore(command, name, command.options.get("file") or backup_path(command, name))
+        _restore(command, name, file or backup_path(command, name))
     except CowOSError as error:
         command.fail_with(error)
         command.fail("Restore failed.")
+
+
+def _list_backups(command: Command, file: str | None) -> None:
+    if file is not None:
+        found = [Path(command.shell.path(file))]
+    else:
+        found = command.backups.files(command.args[0].removeprefix("/dev/"))
+        if not found:
+            command.say(f"No archives found in {command.backups.archive_dir}.")
+    for path in found:
+        try:
+            name, description, written = describe(path)
+        except OSError as error:
+            command.fail(f"{path}: {error.strerror}")
+            continue
+        when = time.ctime(written)
+        command.say(" ")
+        command.say(f"File:\t\t{path}\nVG name:    \t{name}")
+        command.say(f"Description:\t{description}\nBackup Time:\t{when}")
+        command.shell.out("\n")
 
 
 def _restore(command: Command, name: str, file: str) -> None:
