@@ -85,6 +85,12 @@ def near_the_end(dm: cow.Mapper) -> None:
             vg.change_lv("lv", add_tags=[tag], remove_tags=vg.lv("lv").tags)
 
 
+def one_empty_pv(dm: cow.Mapper) -> None:
+    """Make a VG with an LV on the first PV, and nothing on the second."""
+    with make_vg(dm) as vg:
+        vg.create_lv("lv", extents=3)
+
+
 def stale(dm: cow.Mapper) -> None:
     """Leave one PV a generation behind."""
     two_lvs(dm)
@@ -111,6 +117,8 @@ CHANGES = {
     "lvchange": (two_lvs, lambda vg: vg.change_lv("lv", permission="r", add_tags=["t"])),
     "vgrename and back": (two_lvs, lambda vg: (vg.rename("b"), vg.rename("vg"))),
     "vgextend": (one_pv, lambda vg: vg.extend(["pv1"], **SMALL)),
+    "vgreduce": (one_empty_pv, lambda vg: vg.reduce("pv1")),
+    "vgexport and vgimport": (two_lvs, lambda vg: (vg.export_vg(), vg.import_vg())),
     "vgck --updatemetadata": (stale, lambda vg: vg.update_metadata()),
     "vgcfgrestore": (two_lvs, lambda vg: vg.restore(vg.backup())),
     "two areas on each PV": (two_areas, lambda vg: vg.create_lv("new", extents=2)),
@@ -209,6 +217,8 @@ def test_every_state_of(name, folder, seed):
                 assert not vg.metadata.missing_pvs
                 if name == "vgextend" and len(vg.pvs) == 1:
                     vg.extend(["pv1"])
+                elif "EXPORTED" in vg.metadata.status:
+                    vg.import_vg()
                 else:
                     vg.update_metadata()
             with lvm.VolumeGroup.open(NAMES, mapper=dm) as vg:

@@ -488,13 +488,16 @@ class VolumeGroup(ChangingVolumeGroup):
 
     @staticmethod
     def _make_orphans(members: Sequence[PVDevice]) -> None:
-        """Forget the metadata on PVs, and let their labels say that they belong to nobody."""
+        """Let the labels of PVs say that they belong to nobody, and forget the metadata on them.
+
+        In this order: what a crash in between leaves is an outdated PV, which vgck clears.
+        """
+        for found in members:
+            set_used(found, False)
+        flush_devices(found.device for found in members)
         for found in members:
             for mda in found.mdas:
                 mda.initialize(ignored=mda.ignored)
-        flush_devices(found.device for found in members)
-        for found in members:
-            set_used(found, False)
             found.vg_name = found.vg_id = ""
         flush_devices(found.device for found in members)
 
