@@ -8,8 +8,10 @@ have to be the same, byte for byte; uuids and times excepted.
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
+from support.lvm_machine import Machine
 from support.lvm_replay import Replay, names, records
 
 DIFFERENT = {
@@ -45,3 +47,25 @@ def test_a_session_with_lvm_prints_what_the_real_one_printed(name, tmp_path):
     finally:
         replay.close()
     assert not wrong, f"{len(wrong)} of {len(lines)} lines differ:\n" + "\n".join(wrong[:5])
+
+
+def test_the_session_in_the_documentation_is_what_is_printed(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "lvm.md").read_text(encoding="utf-8")
+    session = text.split("## A session")[1].split("```\n")[1]
+    machine = Machine(tmp_path)
+    machine.environ = {"COW_LVM_DEVICES": "disk1.img,disk2.img", "LVM_SYSTEM_DIR": str(tmp_path)}
+    steps = [step.partition("\n") for step in session.split("$ ")[1:]]
+    for line, _, expected in steps:
+        words = shlex.split(line)
+        if words[:2] == ["cow", "lvm"]:
+            assert machine.run_words(words[2:]) == 0
+            assert machine.said == expected, line
+        elif words == ["cow", "dm", "table"]:
+            tables = {name: machine.mapper.table(name, numbers=True) for name in machine.mapper.names()}
+            shown = "".join(f"{name}: {tables[name]}\n" for name in sorted(tables))
+            assert shown == expected
+        elif words[0] == "truncate":
+            for name in words[3:]:
+                machine.disk(name, 64 << 20)
+            machine.devices.clear()
+    machine.mapper.close()

@@ -204,11 +204,21 @@ class Command:
             and self.settings.flag("global/activation")
         )
 
+    @property
+    def partial(self) -> bool:
+        """Whether LVs that miss a PV may be activated."""
+        mode = self.options.get("activationmode", "degraded")
+        if mode not in ("complete", "degraded", "partial"):
+            raise RequestError("Invalid activation mode given.")
+        return self.options.has("partial") or mode == "partial"
+
     # Devices and VGs.
 
     def scan(self, *, readonly: bool = True, paths: Iterable[str] = ()) -> Scan:
         """Open the devices of the command, and those in `paths`, and find what is on them."""
         if self._scan is None:
+            if self.partial and self.options.has("activate"):
+                self.warn("PARTIAL MODE. Incomplete logical volumes will be processed.")
             named = [*self._given_devices(there=True), *paths]
             self._shown = {self.shell.path(name): name for name in named}
             self._shown = {path: name for path, name in self._shown.items() if path != name}
@@ -279,6 +289,7 @@ class Command:
             if self.options.has("test"):
                 vg.activation = vg.work = RehearsalActivation(vg.mapper, report=self.report)
             vg.command = self.line
+            vg.partial = self.partial
             vg.backups = None if readonly else self.automatic_backups
             for pv in vg.metadata.pvs:
                 pv.path = self._shown.get(pv.path, pv.path)
