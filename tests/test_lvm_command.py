@@ -61,7 +61,9 @@ def test_the_session_in_the_documentation_is_what_is_printed(tmp_path):
             assert machine.run_words(words[2:]) == 0
             assert machine.said == expected, line
         elif words == ["cow", "dm", "table"]:
-            tables = {name: machine.mapper.table(name, numbers=True) for name in machine.mapper.names()}
+            tables = {
+                name: machine.mapper.table(name, numbers=True) for name in machine.mapper.names()
+            }
             shown = "".join(f"{name}: {tables[name]}\n" for name in sorted(tables))
             assert shown == expected
         elif words[0] == "truncate":
