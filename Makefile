@@ -112,9 +112,9 @@ coverage: ## Report the lines that no test runs, the extension's too (any Python
 		printf 'coverage: %-14s %5s %%\n' "$$part" \
 			"$$($(BIN)/coverage report --precision=1 --format=total --include="$$part")"; \
 	done
-	@for rest in --include --omit; do \
-		$(BIN)/coverage report $$rest='cow/core/*' --fail-under=$(COVERAGE) >/dev/null || \
-			{ echo "coverage: below $(COVERAGE) % ($$rest cow/core)"; exit 1; }; \
+	@for part in --include='cow/core/*' --omit='cow/core/*,cow/_core.pyx'; do \
+		$(BIN)/coverage report "$$part" --fail-under=$(COVERAGE) >/dev/null || \
+			{ echo "coverage: below $(COVERAGE) % ($$part)"; exit 1; }; \
 	done
 
 clean: ## Remove what was built, .venv too
