@@ -303,7 +303,7 @@ def test_every_request_has_the_answer_that_the_protocol_wants(scene, structured,
         client.send(kind, offset, length, bytes(length) if kind == WRITE else b"", flags)
         what = (kind, flags, offset, length)
         error = expected(*what, structured)
-        if not structured:
+        if not structured or kind not in (READ, BLOCK_STATUS):
             assert client.answer(length if kind == READ else 0)[0] == error, what
             continue
         chunk, data = client.chunk()

@@ -199,13 +199,16 @@ cdef uint32_t nbd_errno(int rc) noexcept nogil:
 cdef int nbd_put_reply(
     nbd_connection *c, nbd_request *r, int kind, size_t length, int rc
 ) noexcept nogil:
-    """Append the head of a reply; `length` bytes of a structured one are to follow."""
+    """Append the head of a reply; `length` bytes of a structured one are to follow.
+
+    What can have no data is answered by a simple one in any case: clients read it in one piece.
+    """
     cdef uint8_t *p
     cdef int failed = nbd_room(&c.replies, 64 + length)
     if failed:
         return failed
     p = c.replies.data + c.replies.end
-    if not c.structured:
+    if not c.structured or r.type not in (NBD_READ, NBD_BLOCK_STATUS):
         port_put_be(p, 4, NBD_SIMPLE_REPLY_MAGIC)
         port_put_be(p + 4, 4, nbd_errno(rc) if rc else 0)
         port_put_be(p + 8, 8, r.cookie)
