@@ -112,6 +112,8 @@ def check_left(path: Path, legal: list[dict], *, active: bool) -> None:
             if active:
                 vg.activate()
                 check_contents(vg)
+            if "EXPORTED" in vg.metadata.status:
+                vg.import_vg()
             vg.update_metadata()
             vg.change_vg(add_tags=["after"])
         with lvm.VolumeGroup.open(NAMES, mapper=dm) as vg:
