@@ -270,12 +270,20 @@ class Writer:
 
 def is_one_moment(data: bytes) -> bool:
     """Tell whether blocks are what a writer had written at one moment."""
-    numbers = np.frombuffer(data[: Writer.BLOCKS * CHUNK], "<u8").reshape(Writer.BLOCKS, -1)
-    if (numbers != numbers[:, :1]).any():
+    return is_one_moment_of_merge(data, None)
+
+
+def is_one_moment_of_merge(data: bytes, merged: int | None) -> bool:
+    """As is_one_moment(), but what was written last before some moment may be `merged` instead."""
+    rows = np.frombuffer(data[: Writer.BLOCKS * CHUNK], "<u8").reshape(Writer.BLOCKS, -1)
+    if (rows != rows[:, :1]).any():
         return False
-    last = int(numbers.max())
-    expected = [last - (last - 1 - block) % Writer.BLOCKS for block in range(Writer.BLOCKS)]
-    return numbers[:, 0].tolist() == expected
+    numbers = rows[:, 0]
+    old = numbers == merged if merged is not None else np.zeros(Writer.BLOCKS, bool)
+    last = int(numbers[~old].max(initial=0))
+    newest = np.array([last - (last - 1 - block) % Writer.BLOCKS for block in range(Writer.BLOCKS)])
+    begun = newest[old].max(initial=0)
+    return bool((old == (newest <= begun)).all() and (numbers[~old] == newest[~old]).all())
 
 
 def test_a_snapshot_made_under_a_writer_is_one_moment(vg):
@@ -319,10 +327,12 @@ def test_a_merge_under_a_writer_keeps_what_the_writer_wrote(vg):
     with Writer(vg.device("org")) as writer:
         vg.merge("s")
         writer.more()
+    last = writer.count
     assert [lv.name for lv in vg.lvs()] == ["org", "sibling"]
     assert content(vg, "sibling") == before
     data = content(vg, "org")
-    assert is_one_moment(data)
+    assert is_one_moment_of_merge(data, int.from_bytes(b"m" * 8, "little"))
+    assert last.to_bytes(8, "little") * (CHUNK // 8) in data
 
 
 def test_changes_of_several_threads_come_one_after_the_other(vg, paths):
