@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from cow.lvm import VolumeGroup
@@ -22,7 +21,6 @@ class Machine:
         self.mapper = Mapper(durability="process")
         self.environ = {"LVM_SYSTEM_DIR": str(folder)}
         self.devices: list[str] = []
-        self.lock = threading.RLock()
         self.said = ""
 
     def disk(self, name: str, size: int) -> str:
@@ -46,7 +44,6 @@ class Machine:
             directory=str(self.folder),
             environ=self.environ,
             devices=self.devices,
-            lock=self.lock,
         )
         status = run(words, shell)
         self.said = "".join(said)
