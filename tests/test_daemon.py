@@ -364,7 +364,7 @@ def test_another_user_is_turned_away():
                 " print(s.recv(100))\n"
                 "except (BrokenPipeError, ConnectionResetError): print(b'')\n"
             )
-            words = [sys.executable, "-c", program, server.path]
+            words = [sys.executable, "-P", "-c", program, server.path]
             done = subprocess.run(words, capture_output=True, check=True, timeout=SECONDS)
         finally:
             server.stop()

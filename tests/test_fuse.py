@@ -642,7 +642,7 @@ def test_a_signal_that_does_not_kill_does_not_fail_a_request(rig, mounted):
     """
     rig.dm.suspend("base")
     program = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE
+        [sys.executable, "-P", "-c", textwrap.dedent(code)], stdout=subprocess.PIPE
     )
     assert program.stdout is not None
     assert program.stdout.readline() == b"ready\n"
@@ -772,7 +772,7 @@ def test_a_program_that_ends_unmounts(tmp_path):
         FuseMount(dm, {str(directory)!r}).start()
         assert os.listdir({str(directory)!r}) == ["dev"]
     """
-    run(sys.executable, "-c", textwrap.dedent(code))
+    run(sys.executable, "-P", "-c", textwrap.dedent(code))
     assert fusermount.mounted(str(directory)) is None
 
 
@@ -1013,4 +1013,4 @@ print("done as", "ordinary" if os.getuid() else "root")
 
 def test_an_ordinary_user_mounts(tmp_path):
     need_fuse()
-    assert run(sys.executable, "-c", ORDINARY) == "done as ordinary\n"
+    assert run(sys.executable, "-P", "-c", ORDINARY) == "done as ordinary\n"

@@ -139,7 +139,7 @@ cdef int64_t nbd_recv(nbd_connection *c, uint8_t *data, size_t size) noexcept no
         if n >= 0 or errno != EAGAIN:
             c.blind_next >>= 1
             return n
-    c.blind_next = min(2 * c.blind_next + 1, <uint32_t>NBD_BLIND_MOST)
+    c.blind_next = <uint32_t>min(2 * c.blind_next + 1, NBD_BLIND_MOST)
     c.blind = c.blind_next
     return recv(c.fd, data, size, 0)
 
