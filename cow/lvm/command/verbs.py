@@ -299,7 +299,7 @@ VERBS: Final = (
         "vgextend",
         "add physical volumes to a volume group",
         ("VG PV ...",),
-        f"{_NEW_PV} A|autobackup=yn f|force* metadataignore=yn restoremissing",
+        f"{_NEW_PV} A|autobackup=yn f|force* metadataignore=yn",
         "vg.vgextend",
         least=2,
     ),
