@@ -516,7 +516,7 @@ def held(**tables: str) -> Iterator[int]:
     words = [word for pair in tables.items() for word in pair]
     path = str(Path(cow.__file__).parent.parent)
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, *words],
+        [sys.executable, "-P", "-c", HOLDER, *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -8,15 +8,13 @@ kernel, or of ours. Images are in memory, with all their pages; kernel and `cow`
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from kernel.uml import HERE as AGENT
-from kernel.uml import Kernel, KernelError, missing, scratch
+from kernel.uml import PYTHON, Kernel, KernelError, missing, scratch
 from suite.devices import BLOCK, Stand, offsets
 from suite.results import COW, PEER, Figures, Point
 from suite.scale import MIB, Scale
@@ -129,8 +127,7 @@ class Ours:
 
 
 def kernel_round(kernel: Kernel, scale: Scale) -> dict[str, float]:
-    python = os.path.realpath(sys.executable)
-    words = [python, "-I", "-S", str(GUEST), str(AGENT), str(scale.kernel_size)]
+    words = [PYTHON, "-I", "-S", str(GUEST), str(AGENT), str(scale.kernel_size)]
     step = ["run", *words, *map(str, scale.kernel_snapshots)]
     (answer,) = kernel.run({}, [step], seconds=GUEST_SECONDS, clean=False)
     status, said, error = answer["out"]

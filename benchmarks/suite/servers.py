@@ -113,7 +113,7 @@ def answers(path: Path) -> bool:
 
 def cow_words(site: Site, tables: str, *export: str) -> list[str]:
     (site.folder / "tables").write_text(tables)
-    words = [sys.executable, "-m", "cow", "serve", "--durability", "process"]
+    words = [sys.executable, "-P", "-m", "cow", "serve", "--durability", "process"]
     words += ["--socket", str(site.folder / "control.sock")]
     return [*words, "--tables", str(site.folder / "tables"), *export]
 

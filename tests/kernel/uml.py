@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,8 @@ MEMORY = 512 << 20
 NEEDED = (KERNEL, "e2fsck", "mke2fs", "mkfs.xfs", "xfs_repair")
 PATIENCE = 300.0  # seconds: a busy machine is slow, a hang is rare
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+PYTHON = os.path.realpath("/proc/self/exe")
+"""Itself: `sys.executable` may be a script that loads a sanitizer."""
 
 Step = list[Any]
 
@@ -113,7 +114,7 @@ class Kernel:
                 "con=null",
                 "con0=fd:0,fd:1",
                 "ssl=null",
-                f"init={os.path.realpath(sys.executable)}",
+                f"init={PYTHON}",
                 "--",
                 "-I",
                 "-S",

@@ -394,7 +394,7 @@ class Nursery:
 
         paths = [str(Path(__file__).parent.parent), str(Path(cow.__file__).parent.parent)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.crash"],
+            [sys.executable, "-P", "-m", "support.crash"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
