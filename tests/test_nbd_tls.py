@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -9,7 +10,9 @@ import socket
 import ssl
 import struct
 import subprocess
+import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,13 @@ class TlsClient(Client):
         assert self.option(OPT_STARTTLS) == [(REP_ACK, b"")]
         context = ssl.create_default_context(cafile=f"{self.folder}/ca-cert.pem")
         self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
+
+    def wait_until_arrived(self) -> None:
+        """Wait until all that was sent is with the server's system, which a full window delays."""
+        deadline = time.monotonic() + 30
+        while any(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))):
+            assert time.monotonic() < deadline, "the server takes nothing more"
+            time.sleep(0.001)
 
 
 @pytest.fixture
@@ -346,6 +356,7 @@ def test_what_was_asked_before_a_stop_is_answered_over_tls(rig, serve, connect):
     client.choose("base")
     for n in range(200):
         client.send(WRITE, n * SECTOR, SECTOR, bytes([n]) * SECTOR)
+    client.wait_until_arrived()
     server.stop()
     for _ in range(200):
         assert client.answer() == (0, b"")

@@ -30,7 +30,8 @@ from .uml import Kernel
 CHOSEN = 16 * LONG or 2
 """States of each change."""
 PV_BYTES = plain.PV_SECTORS * SECTOR
-LOOK = "{0} vgs --noheadings --separator ' ' -o name,seqno; {0} lvs -a --noheadings -o name"
+GROUPS = "{0} vgs --noheadings --separator ' ' -o name,seqno,exported"
+LVS = "{0} lvs -a --noheadings -o name"
 MEND = "{0} vgck --updatemetadata {1} >/dev/null 2>&1; {0} vgck {1}; {0} lvs -a"
 
 
@@ -39,6 +40,7 @@ class Found(NamedTuple):
 
     name: str
     seqno: int
+    exported: bool
     lvs: set[str]
     """All but the records, as `lvs -a` names them."""
     contents: dict[str, str]
@@ -67,7 +69,8 @@ def looked_at(path: Path) -> Found | None:
                     contents[f"{vg.name}-{lv.name}"] = f"{zlib.crc32(data):08x}"
             names = {lv.name if lv.visible else f"[{lv.name}]" for lv in vg.lvs(hidden=True)}
             merging = any(lv.merging_snapshot is not None for lv in vg.metadata.lvs)
-            return Found(vg.name, vg.metadata.seqno, names, contents, merging)
+            exported = "EXPORTED" in vg.metadata.status
+            return Found(vg.name, vg.metadata.seqno, exported, names, contents, merging)
 
 
 def check_state(kernel: Kernel, folder: Path, state: bytes) -> Found | None:
@@ -78,23 +81,28 @@ def check_state(kernel: Kernel, folder: Path, state: bytes) -> Found | None:
     images = {name: folder / f"{name}.img" for name in plain.NAMES}
     for number, image in enumerate(images.values()):
         image.write_bytes(state[number * PV_BYTES : (number + 1) * PV_BYTES])
-    steps = [shell(START), shell(LOOK.format(f"{SETTINGS_WORDS} lvm"))]
+    program = f"{SETTINGS_WORDS} lvm"
+    steps = [shell(START), shell(GROUPS.format(program))]
     if found is None:
-        _, listed = kernel.run(images, steps)
-        assert listed["out"][:2] == ["0", ""], listed
+        steps += [shell(LVS.format(program))]
+        for listed in kernel.run(images, steps)[1:]:
+            assert listed["out"][:2] == ["0", ""], listed
         return None
-    steps += [shell(f"{SETTINGS_WORDS} lvm vgchange -ay {found.name}")]
+    # What is exported has to be imported before its LVs are shown.
+    steps += [shell(f"{program} vgimport {found.name}" if found.exported else "true")]
+    steps += [shell(LVS.format(program))]
+    steps += [shell(f"{program} vgchange -ay {found.name}")]
     steps += [shell(MERGES.format(settings=SETTINGS_WORDS))]
     steps += [["r", name, 0, 1 << 40] for name in found.contents]
     steps += [shell("dmsetup table")]
-    steps += [shell(f"{SETTINGS_WORDS} lvm vgchange -an {found.name}")]
-    steps += [shell(MEND.format(f"{SETTINGS_WORDS} lvm", found.name))]
-    _, listed, active, _, *read, table, stopped, mended = kernel.run(images, steps)
-    where = f"cow: {found}\nthe real lvm2: {listed} {active} {read} {table}"
-    status, out, _ = listed["out"]
-    words = out.split()
-    assert (status, words[:2]) == ("0", [found.name, str(found.seqno)]), where
-    assert set(words[2:]) == found.lvs, where
+    steps += [shell(f"{program} vgchange -an {found.name}")]
+    steps += [shell(MEND.format(program, found.name))]
+    _, groups, imported, lvs, active, _, *read, table, stopped, mended = kernel.run(images, steps)
+    where = f"cow: {found}\nthe real lvm2: {groups} {imported} {lvs} {active} {read} {table}"
+    words = [found.name, str(found.seqno), *["exported"] * found.exported]
+    assert (groups["out"][0], groups["out"][1].split()) == ("0", words), where
+    assert imported["out"][0] == "0", where
+    assert (lvs["out"][0], set(lvs["out"][1].split())) == ("0", found.lvs), where
     assert active["out"][0] == stopped["out"][0] == "0", where
     assert "snapshot-merge" not in table["out"][1], where
     crcs = dict(zip(found.contents, (answer.split()[-1] for answer in read), strict=True))
