@@ -1,6 +1,7 @@
 """Races: `cow`, its limits and its peers take turns on the same work, round by round.
 
-The speed of a machine drifts while it works; in turns it drifts for all of them.
+The speed of a machine drifts while it works; in turns it drifts for all of them. Each round another
+of them begins, so that nobody always comes behind one who left the caches as it likes them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,9 +83,11 @@ class RaceTrack:
             ours = Entrant("cow", COW, ours, prepare)
         laps: dict[str, list[float]] = {entrant.name: [] for entrant in others}
         running = [entrant for entrant in others if not entrant.missing]
+        order = deque(running)
 
         def take_turns() -> None:
-            for entrant in running:
+            order.rotate(-1)
+            for entrant in order:
                 entrant.prepare()
                 start = time.perf_counter()
                 entrant.run()
