@@ -340,22 +340,20 @@ cdef int fuse_perform(
     return rc
 
 
-cdef int fuse_reply(
+cdef void fuse_reply(
     fuse_connection *c, uint8_t *message, uint8_t *reply, size_t answered, int rc
 ) noexcept nogil:
-    """Answer a request; -ENODEV once the file system is unmounted."""
+    """Answer a request, unless nobody waits for it any more."""
     cdef fuse_out_header *head = <fuse_out_header *>reply
     head.len = <uint32_t>(FUSE_OUT_HEADER + (answered if rc == 0 else 0))
     head.error = rc
     head.unique = (<fuse_in_header *>message).unique
     port_fuse_answer()
-    if write(c.fd, reply, head.len) < 0 and errno == ENODEV:
-        return -ENODEV
-    return 0                        # ENOENT: nobody waits for it any more
+    write(c.fd, reply, head.len)    # where the file system is unmounted, the next read tells
 
 
-cdef int fuse_handle(fuse_connection *c, uint8_t *message, uint8_t *reply) noexcept nogil:
-    """Answer a request that has just arrived, or give it to those who do; -ENODEV at the end."""
+cdef void fuse_handle(fuse_connection *c, uint8_t *message, uint8_t *reply) noexcept nogil:
+    """Answer a request that has just arrived, or give it to those who do."""
     cdef uint32_t opcode = (<fuse_in_header *>message).opcode
     cdef uint64_t done = 0
     cdef size_t answered = 0
@@ -367,26 +365,28 @@ cdef int fuse_handle(fuse_connection *c, uint8_t *message, uint8_t *reply) noexc
     else:
         rc = fuse_perform(message, reply, &done, &answered, True)
         if rc == BIO_SHARED or rc == BIO_HELD:
-            return fuse_gather(c, message, reply, done)
+            fuse_gather(c, message, reply, done)
+            return
         if rc <= 0:
-            return fuse_reply(c, message, reply, answered, rc)
+            fuse_reply(c, message, reply, answered, rc)
+            return
         rc = queue_copy(&c.waiting, message, done)
-    return fuse_reply(c, message, reply, 0, rc) if rc else 0
+    if rc:
+        fuse_reply(c, message, reply, 0, rc)
 
 
-cdef int fuse_finish(fuse_connection *c, fuse_request *r, uint8_t *reply) noexcept nogil:
+cdef void fuse_finish(fuse_connection *c, fuse_request *r, uint8_t *reply) noexcept nogil:
     """Answer a request that was taken from a queue, or let it wait for a suspended device."""
     cdef size_t answered = 0
     cdef int rc = fuse_perform(request_bytes(r), reply, &r.done, &answered, False)
     if rc > 0:
         queue_add(&c.waiting, r)
-        return 0
-    rc = fuse_reply(c, request_bytes(r), reply, answered, rc)
+        return
+    fuse_reply(c, request_bytes(r), reply, answered, rc)
     free(r)
-    return rc
 
 
-cdef int fuse_gather(
+cdef void fuse_gather(
     fuse_connection *c, uint8_t *message, uint8_t *reply, uint64_t done
 ) noexcept nogil:
     """Take up a write that must break sharing; one thread does all that arrive meanwhile.
@@ -400,22 +400,22 @@ cdef int fuse_gather(
     cdef int rc
     if (<fuse_in_header *>message).len > FUSE_GATHER or queue_copy(&c.sharing, message, done):
         rc = fuse_perform(message, reply, &done, &answered, False)
-        if rc <= 0:
-            return fuse_reply(c, message, reply, answered, rc)
-        rc = queue_copy(&c.waiting, message, done)
-        return fuse_reply(c, message, reply, 0, rc) if rc else 0
-    rc = 0
+        if rc > 0:
+            rc = queue_copy(&c.waiting, message, done)
+            if rc == 0:
+                return
+        fuse_reply(c, message, reply, answered, rc)
+        return
     while gathering_begins(c):
         r = queue_take(&c.sharing, True)
         fuse_prepare(c, r)
         while r != NULL:
             following = r.next
-            rc = fuse_finish(c, r, reply)
+            fuse_finish(c, r, reply)
             r = following
         pthread_mutex_lock(&c.sharing.mutex)
         c.gathering = False
         pthread_mutex_unlock(&c.sharing.mutex)
-    return rc
 
 
 cdef bint gathering_begins(fuse_connection *c) noexcept nogil:
@@ -442,9 +442,7 @@ cdef void fuse_prepare(fuse_connection *c, fuse_request *r) noexcept nogil:
         d = <device *><size_t>args.fh
         bio_init(&b, PREPARE, emit_nothing, request_bytes(r) + FUSE_WRITE_DATA + r.done)
         b.group = &group
-        if not d.writable or args.size <= r.done:
-            break
-        if device_map(d, &b, args.offset + r.done, args.size - r.done):
+        if not d.writable or device_map(d, &b, args.offset + r.done, args.size - r.done):
             break
         r = r.next
     group_commit(&group)
@@ -476,8 +474,7 @@ cdef int fuse_serve(fuse_connection *c, int wake, uint8_t *message, uint8_t *rep
         rc = fuse_receive(c, wake, message)
         if rc <= 0:
             return rc
-        if fuse_handle(c, message, reply):
-            return 0
+        fuse_handle(c, message, reply)
 
 
 cdef void fuse_work(fuse_connection *c, uint8_t *reply) noexcept nogil:
@@ -610,9 +607,10 @@ cdef class FuseConnection:
         if r == NULL:
             return None
         try:
-            return PyBytes_FromStringAndSize(<char *>request_bytes(r), <Py_ssize_t>r.size)
+            message = PyBytes_FromStringAndSize(<char *>request_bytes(r), <Py_ssize_t>r.size)
         finally:
             free(r)
+        return message
 
     def waiting(self):
         """Return (request, thread that made it) of all that waits for a suspended device."""
@@ -637,9 +635,10 @@ cdef class FuseConnection:
         if found == NULL:
             raise MemoryError("no memory for the requests of a file system")
         try:
-            return [(found[2 * i], found[2 * i + 1]) for i in range(count)]
+            requests = [(found[2 * i], found[2 * i + 1]) for i in range(count)]
         finally:
             free(found)
+        return requests
 
     def give_up(self, uint64_t unique):
         """Answer a request that waits for a suspended device with EINTR."""

@@ -395,8 +395,6 @@ class _Files:
     # Attributes.
 
     def _device(self, number: int) -> Device:
-        if number == ROOT:
-            raise _Refused(errno.EISDIR)
         node = self._nodes.get(number)
         if node is None or node.device.removed:
             raise _Refused(errno.ENXIO)
