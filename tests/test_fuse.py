@@ -122,6 +122,15 @@ def test_any_name_of_a_device_is_a_file(rig, mounted, name):
     assert (mounted / name).stat().st_size == 4096
 
 
+def test_a_file_that_was_found_is_gone_with_its_device(rig, mounted, opened):
+    rig.dm.create("dev", "0 8 zero")
+    found = opened(mounted / "dev", os.O_PATH)
+    assert os.fstat(found).st_size == 4096
+    rig.dm.remove("dev")
+    assert refused(os.fstat, found) == errno.ENXIO
+    assert refused(os.open, f"/proc/self/fd/{found}", os.O_RDONLY) == errno.ENXIO
+
+
 def test_names_that_no_device_has_are_not_found(mounted):
     for name in (b"nosuch", b"\xff\xfe", b"base/x", b"x" * 255):
         code = errno.ENOTDIR if b"/" in name else errno.ENOENT
@@ -820,16 +829,51 @@ def test_without_fusermount3_it_says_so(rig, tmp_path, monkeypatch):
         FuseMount(rig.dm, str(tmp_path)).start()
 
 
-def test_what_fusermount3_says_is_passed_on(rig, tmp_path, monkeypatch):
-    script = tmp_path / "fusermount3"
-    script.write_text(
-        "#!/bin/sh\necho 'fusermount3: mount failed: Permission denied' >&2; exit 1\n"
-    )
-    script.chmod(0o755)
+@pytest.mark.parametrize(
+    ("script", "text", "code"),
+    [
+        (
+            "echo 'fusermount3: mount failed: Permission denied' >&2; exit 1",
+            "mount failed: Permission denied",
+            errno.EACCES,
+        ),
+        ("echo 'fusermount3: too many fuse mounts' >&2; exit 1", "too many fuse", errno.EIO),
+        ("exit 3", "status 3", errno.EIO),
+        ("exit 0", "sent no descriptor", errno.EIO),
+    ],
+)
+def test_what_fusermount3_says_is_passed_on(rig, tmp_path, monkeypatch, script, text, code):
+    program = tmp_path / "fusermount3"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(cow.CowError, match="mount failed: Permission denied") as caught:
+    with pytest.raises(cow.CowError, match=text) as caught:
         FuseMount(rig.dm, str(tmp_path)).start()
-    assert caught.value.errno == errno.EACCES
+    assert caught.value.errno == code
+
+
+def test_a_fusermount3_that_cannot_be_run_is_an_error(rig, tmp_path, monkeypatch):
+    (tmp_path / "fusermount3").write_text("")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(cow.CowError, match="fusermount3: .*Permission denied") as caught:
+        FuseMount(rig.dm, str(tmp_path)).start()
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_mount_that_cannot_be_undone_is_dead_and_the_next_one_takes_it_away(
+    rig, tmp_path, monkeypatch, caplog
+):
+    directory = make_directory(tmp_path)
+    mount = FuseMount(rig.dm, str(directory))
+    mount.start()
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        mount.stop()
+    assert "package fuse3" in caplog.text
+    assert refused(os.listdir, directory) == errno.ENOTCONN
+    with FuseMount(rig.dm, str(directory)):
+        assert sorted(os.listdir(directory)) == ["base", "base-real"]
+    assert fusermount.mounted(str(directory)) is None
 
 
 # --- the n-th libc call of the core fails ---------------------------------------------------------
@@ -890,6 +934,7 @@ class Shaken:
     [
         (MEMORY, errno.ENOMEM, {errno.ENOMEM, errno.EIO}),
         ("eventfd epoll_create1", errno.EMFILE, set()),
+        ("epoll_ctl", errno.ENOSPC, set()),
         ("read", errno.EINTR, None),
         ("read", errno.ENOENT, None),
         ("read", errno.EIO, set()),

@@ -38,6 +38,7 @@
 	EACH(recv, ssize_t, -1, (int a, void *b, size_t c, int d), (a, b, c, d))                   \
 	EACH(read, ssize_t, -1, (int a, void *b, size_t c), (a, b, c))                             \
 	EACH(epoll_create1, int, -1, (int a), (a))                                                 \
+	EACH(epoll_ctl, int, -1, (int a, int b, int c, struct epoll_event *d), (a, b, c, d))       \
 	EACH(eventfd, int, -1, (unsigned a, int b), (a, b))
 
 enum {
