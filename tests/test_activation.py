@@ -19,9 +19,12 @@ from support.nbd import need, run
 
 from cow.daemon import systemd
 from cow.daemon.client import Client, NotServed
+from cow.daemon.server import Server
 from cow.errors import CowOSError, InvalidArgument
+from cow.mapper import Mapper
 
 SECONDS = 30
+PASSED_ON = ("PYTHONPATH", "COVERAGE_FILE", "COVERAGE_PROCESS_START")
 COW = [sys.executable, "-P", "-m", "cow", "serve"]
 
 
@@ -65,7 +68,8 @@ class Activated:
     def __init__(self, folder: Path, names: str, *args: str) -> None:
         self.control = str(folder / "control.sock")
         self.nbd = str(folder / "nbd.sock")
-        listen = ["-l", self.control, "-l", self.nbd, f"--fdname={names}", "-E", "PYTHONPATH"]
+        listen = ["-l", self.control, "-l", self.nbd, f"--fdname={names}"]
+        listen += [f"--setenv={name}" for name in PASSED_ON if name in os.environ]
         self.process = subprocess.Popen(
             ["systemd-socket-activate", *listen, *COW, *args],
             stderr=subprocess.PIPE,
@@ -225,6 +229,17 @@ def test_what_does_not_listen_is_refused(kind, tmp_path, inherit):
         inherit(made.fileno())
         with pytest.raises(InvalidArgument, match="LISTEN_FDS: 900"):
             systemd.take_sockets()
+
+
+@pytest.mark.parametrize("kind", ["network", "abstract"])
+def test_a_control_socket_is_one_with_a_path(kind):
+    if kind == "network":
+        made = socket.create_server(("127.0.0.1", 0))
+    else:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.bind(b"\0cow-test-%d" % os.getpid())
+    with made, Mapper() as mapper, pytest.raises(InvalidArgument, match="with a path"):
+        Server(mapper, listening=made)
 
 
 # --- the options about TLS ------------------------------------------------------------------------

@@ -707,6 +707,19 @@ def test_a_wait_ends_when_its_client_goes(serving):
         wait_until(lambda: len(server._clients) == 1)
 
 
+def test_a_wait_ends_when_its_client_goes_without_having_read_its_answers(serving):
+    """What it leaves unread resets the connection."""
+    server = serving()
+    with Client(server.path) as other:
+        other.call("create", name="a", table="0 8 zero")
+        with Client(server.path) as waiting:
+            waiting.send(protocol.encode(request(verb="names")))
+            waiting.send(protocol.encode(request(verb="wait", args={"name": "a"})))
+            assert waiting._socket.recv(1, socket.MSG_PEEK)
+            wait_until(lambda: any(client.busy for client in server._clients))
+        wait_until(lambda: len(server._clients) == 1)
+
+
 def test_a_command_that_waits_can_be_interrupted(serving):
     server = serving()
     with Client(server.path) as client:
@@ -787,6 +800,25 @@ def test_a_server_that_goes_before_it_has_read_is_gone(tmp_path, size):
             with pytest.raises(NotServed, match="the server went away"):
                 client.call("names", filler="x" * size)
             closer.join()
+
+
+def test_what_a_server_said_before_it_hung_up_is_not_lost(tmp_path):
+    path = str(tmp_path / "control.sock")
+
+    def refuse(accepted: socket.socket) -> None:
+        accepted.recv(10)
+        accepted.sendall(protocol.encode({"error": protocol.describe_error(DeviceBusy("full"))}))
+        accepted.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with Client(path) as client:
+            refuses = threading.Thread(target=refuse, args=listener.accept()[:1])
+            refuses.start()
+            with pytest.raises(DeviceBusy, match="full"):
+                client.call("names", filler="x" * (1 << 22))
+            refuses.join()
 
 
 def test_a_server_without_descriptors_goes_on_when_there_are_some(serving, monkeypatch, caplog):

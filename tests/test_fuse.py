@@ -855,7 +855,7 @@ def test_what_fusermount3_says_is_passed_on(rig, tmp_path, monkeypatch, script, 
 def test_a_fusermount3_that_cannot_be_run_is_an_error(rig, tmp_path, monkeypatch):
     (tmp_path / "fusermount3").write_text("")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(cow.CowError, match="fusermount3: .*Permission denied") as caught:
+    with pytest.raises(cow.CowError, match=r"fusermount3: .*Permission denied") as caught:
         FuseMount(rig.dm, str(tmp_path)).start()
     assert caught.value.errno == errno.EIO
 

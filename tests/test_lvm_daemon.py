@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 from support import fill, poll
 
-from cow.daemon import protocol
+from cow.daemon import lvm, protocol
 from cow.daemon.client import Client
 from cow.daemon.protocol import ProtocolError
 from cow.daemon.server import Server
+from cow.errors import CowOSError
 from cow.mapper import Mapper
 
 MIB = 1 << 20
@@ -221,6 +223,37 @@ def test_a_request_that_is_none_is_refused(served, args):
         client.call("lvm", **args)
 
 
+def test_what_goes_wrong_in_a_command_is_raised_at_the_client(served, monkeypatch):
+    def broken(*args: object, **options: object) -> int:
+        raise CowOSError("no such luck", errno.EIO)
+
+    monkeypatch.setattr(lvm.Session, "run", broken)
+    with pytest.raises(CowOSError, match="no such luck") as caught:
+        served.lvm("vgs")
+    assert caught.value.errno == errno.EIO
+    monkeypatch.undo()
+    assert served.lvm("vgs").status == 0
+
+
+def test_the_settings_of_the_client_hold_for_its_command(served):
+    (served.folder / "etc").mkdir()
+    (served.folder / "etc" / "lvm.conf").write_text('global { units = "k" }\n')
+    words = ["vgs", "--noheadings", "-o", "vg_extent_size", "vg"]
+    shown = []
+    for system_dir in ("etc", None):
+        with served.client() as client:
+            status = client.lvm(
+                words,
+                str(served.folder),
+                out=shown.append,
+                err=shown.append,
+                ask=lambda question: None,
+                system_dir=system_dir,
+            )
+        assert status == 0
+    assert [each.strip() for each in shown] == ["4096.00k", "4.00m"]
+
+
 # --- merges ---------------------------------------------------------------------------------------
 
 
@@ -334,6 +367,16 @@ def test_a_socket_that_is_named_has_to_be_served(tmp_path):
     done = cow(tmp_path, "--socket", "nowhere", "lvs")
     assert done.returncode == 1
     assert "nobody serves there" in done.stderr
+
+
+def test_only_options_of_cow_stand_before_the_verb(served):
+    for line in ("--nosuch lvs", "--devices", "--socket"):
+        done = cow(served.folder, *line.split())
+        assert (done.returncode, done.stdout) == (3, "")
+        option = line.split()[0]
+        assert done.stderr == (
+            f"cow: lvm: {option}: not understood before the verb (see cow lvm --help)\n"
+        )
 
 
 def test_devices_stand_before_or_behind_the_verb(served):

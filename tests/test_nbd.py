@@ -39,6 +39,8 @@ from support.nbd import (
 )
 
 import cow
+from cow.errors import InvalidArgument
+from cow.export.listen import Listener
 from cow.export.nbd import NbdServer
 
 SECTORS = 8192
@@ -580,6 +582,89 @@ def test_a_client_that_takes_no_answers_does_not_hold_up_a_stop(rig, tmp_path, m
         client.send(READ, 0, SECTORS * SECTOR)
     server.stop()
     client.close()
+
+
+def test_a_server_without_threads_hangs_up_and_goes_on(rig, server, tmp_path, monkeypatch, caplog):
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "cow-nbd-client":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", start)
+        refused = Client(tmp_path / "nbd.sock")
+        assert refused.is_closed()
+        refused.close()
+    assert "can't start new thread" in caplog.text
+    client = Client(tmp_path / "nbd.sock")
+    client.go("base")
+    assert client.ask(READ, 0, 512) == (0, rig.before[:512])
+    client.close()
+
+
+def test_a_connection_that_another_process_took_is_not_waited_for(tmp_path):
+    path = str(tmp_path / "nbd.sock")
+    other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    taken = []
+
+    class Shared(socket.socket):
+        """What systemd listens at as well, which is faster with the first connection."""
+
+        def accept(self):
+            if not taken:
+                taken.append(super().accept()[0])
+                try:
+                    return super().accept()
+                finally:
+                    other.connect(path)
+            return super().accept()
+
+    with Shared(socket.AF_UNIX, socket.SOCK_STREAM) as listening, other:
+        listening.bind(path)
+        listening.listen()
+        listener = Listener(listening)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+            first.connect(path)
+            accepted = listener.accept()
+        assert accepted is not None
+        other.send(b"x")
+        assert accepted.recv(1) == b"x"
+        accepted.close()
+        listener.stop()
+        assert listener.accept() is None
+        listener.close()
+        taken[0].close()
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "shown"),
+    [(socket.AF_INET, "127.0.0.1", "tcp:127.0.0.1"), (socket.AF_INET6, "::1", "tcp:[::1]")],
+)
+def test_a_socket_of_the_loopback_that_others_made_is_served(rig, family, host, shown):
+    listening = socket.create_server((host, 0), family=family)
+    port = listening.getsockname()[1]
+    with NbdServer(rig.dm, listening) as server:
+        assert (server.address, server.port) == (f"{shown}:{port}", port)
+        client = socket.create_connection((host, port), timeout=30)
+        assert client.recv(8) == b"NBDMAGIC"
+        client.close()
+
+
+def test_a_socket_of_another_kind_is_not_local(rig):
+    class Vsock(socket.socket):
+        """A socket to virtual machines, which is not to be had everywhere."""
+
+        family = socket.AF_VSOCK
+
+        def getsockname(self):
+            return (2, 10809)
+
+    listening = Vsock(socket.AF_UNIX, socket.SOCK_STREAM)
+    with pytest.raises(InvalidArgument, match=r"\(2, 10809\): not a loopback address"):
+        NbdServer(rig.dm, listening)
+    assert listening.fileno() == -1
 
 
 def test_the_server_outlives_a_lack_of_file_descriptors(rig, tmp_path):

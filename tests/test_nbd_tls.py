@@ -40,6 +40,7 @@ from support.nbd import (
 )
 
 import cow
+from cow import _core
 from cow.export.nbd import NbdServer
 from cow.export.nbd_tls import Tls
 
@@ -320,7 +321,7 @@ def threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("cow-nbd")]
 
 
-@pytest.mark.parametrize("how", ["DISC", "hang up", "cut off", "stop"])
+@pytest.mark.parametrize("how", ["DISC", "hang up", "cut off", "take no more", "stop"])
 def test_a_connection_leaves_nothing_behind(rig, certificates, connect, how):
     before = len(os.listdir("/proc/self/fd"))
     server = NbdServer(rig.dm, "tcp:127.0.0.1:0", tls=Tls(str(certificates)))
@@ -336,7 +337,9 @@ def test_a_connection_leaves_nothing_behind(rig, certificates, connect, how):
     elif how == "hang up":
         client.socket.unwrap()
         client.close()
-    elif how == "cut off":
+    elif how in ("cut off", "take no more"):
+        for _ in range(8 if how == "take no more" else 0):
+            client.send(READ, 0, SECTORS * SECTOR)
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
     if how != "stop":
@@ -365,6 +368,28 @@ def test_what_was_asked_before_a_stop_is_answered_over_tls(rig, serve, connect):
 
 
 # --- addresses and files --------------------------------------------------------------------------
+
+
+def test_a_stop_between_handshake_and_requests_is_not_missed(rig, serve, connect, monkeypatch):
+    monkeypatch.setattr("cow.export.nbd.DRAIN_SECONDS", 3600)
+    server = serve()
+    stop = threading.Thread(target=server.stop)
+    make = _core.NbdConnection
+
+    def begin(*args, **settings):
+        (client,) = server._clients
+        stop.start()
+        poll(lambda: client._stopping)
+        return make(*args, **settings)
+
+    monkeypatch.setattr(_core, "NbdConnection", begin)
+    client = connect(server)
+    client.greet()
+    client.upgrade()
+    client.choose("base")
+    assert client.is_closed()
+    stop.join(30)
+    assert not stop.is_alive()
 
 
 def test_a_network_is_for_tls(rig, certificates):
