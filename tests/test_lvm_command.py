@@ -20,6 +20,7 @@ DIFFERENT = {
     "pvremove disk1.img": "there is no --force to advise: a PV of a VG stays one",
     "nosuchverb": "our help is another command",
     "lvcreate -L 4m -n j --type thin vg0": "there are no thin LVs; what is wrong is the type",
+    "lvconvert --merge vg0/t": "LVM names the snapshot that was asked for as the merging one",
     "lvconvert --merge vg0/other": "LVM names the snapshot that was asked for as the merging one",
 }
 """Command lines that are answered in other words on purpose; the exit code is the same."""

@@ -12,11 +12,11 @@ from cow.lvm.create import check_policy
 from cow.lvm.devices import Devices
 from cow.lvm.errors import AlreadyExists, InUse, LVMError, MetadataError, PVNotFound, RequestError
 from cow.lvm.group import VolumeGroup
-from cow.lvm.label_scan import scan_devices
+from cow.lvm.label_scan import Findings, scan_devices
 from cow.lvm.mda import REPAIRABLE
 from cow.lvm.metadata import VolumeGroupMetadata
 from cow.lvm.metadata_text import vg_from_text
-from cow.lvm.names import check_tag, check_vg_name, new_id, plain_id
+from cow.lvm.names import check_tag, check_vg_name, dashed_id, new_id, plain_id
 from cow.lvm.pv import (
     PVOptions,
     check_new_device,
@@ -80,7 +80,7 @@ def create_pv(
             if choice.uuid is not None and found.label.pv_id == plain_id(choice.uuid):
                 raise AlreadyExists(f'uuid {choice.uuid} already in use on "{found.path}".')
         if restore is not None:
-            choice = _as_it_was(choice, restore)
+            choice = _as_it_was(choice, restore, findings, report)
         label = layout(path, device.size, choice)
         if not any(found.device is device for found in findings.devices):
             check_new_device(path, device, confirm, report)
@@ -91,18 +91,20 @@ def create_pv(
     return label.pv_id
 
 
-def _as_it_was(options: PVOptions, text: str) -> PVOptions:
-    """Return the options that give a PV the layout that a backup says it had."""
+def _as_it_was(options: PVOptions, text: str, findings: Findings, report: Report) -> PVOptions:
+    """Return the options that give a PV the layout that a backup says it had, on any device."""
     if options.uuid is None:
-        raise RequestError("--restorefile requires --uuid")
+        raise RequestError("--uuid is required with --restorefile")
     vg = vg_from_text(parse(text))
+    there = {found.label.pv_id for found in findings.devices}
+    for missing in (pv for pv in vg.pvs if pv.id not in there):
+        report(f"WARNING: Couldn't find device with uuid {dashed_id(missing.id)}.")
     pv = vg.pv_with_id(plain_id(options.uuid))
     if pv is None:
         raise PVNotFound(f"Can't find uuid {options.uuid} in backup file")
-    size = None if pv.dev_size is None else bytes_of(pv.dev_size)
     return PVOptions(
         uuid=options.uuid,
-        size=size,
+        size=options.size,
         metadata_copies=options.metadata_copies,
         metadata_ignore=options.metadata_ignore,
         label_sector=options.label_sector,

@@ -34,6 +34,7 @@ from cow.lvm.label_scan import Findings, PVDevice
 from cow.lvm.mda import MetadataArea
 from cow.lvm.metadata import PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.names import dashed_id, new_id, plain_id
+from cow.lvm.size import display_size
 from cow.mapper import DIRECTORY
 from cow.units import SECTOR_SIZE, sectors
 
@@ -125,17 +126,23 @@ def _lay_out_as_before(path: str, label: Label, options: PVOptions, start: int) 
     if boot.size:
         label.bootloader_areas.append(boot)
     end = boot.offset if boot.size else start
+    extents_end = start if options.extents_end is None else options.extents_end
+    if extents_end > label.device_size:
+        raise NoSpaceError(
+            f"Physical extents ({display_size(sectors(extents_end) - 1)}) end beyond end of device"
+            f" ({display_size(sectors(label.device_size))}) {path}.\n"
+            f"Format-specific initialisation of physical volume {path} failed.\n"
+            f'Failed to setup physical volume "{path}".'
+        )
     if options.metadata_copies:
         if end - MDA_START < MIN_METADATA_SIZE:
             raise NoSpaceError(f"{path}: no room for a metadata area before byte {end}.")
         label.metadata_areas.append(Region(MDA_START, end - MDA_START))
     if options.metadata_copies == 2:
-        second = _up(options.extents_end or start, MDA_START)
+        second = _up(extents_end, MDA_START)
         if label.device_size - second < MIN_METADATA_SIZE:
             raise NoSpaceError(f"{path}: no room for a metadata area behind byte {second}.")
         label.metadata_areas.append(Region(second, label.device_size - second))
-    if (options.extents_end or start) > label.device_size:
-        raise NoSpaceError(f"{path}: the PV had extents up to byte {options.extents_end}.")
     label.data_areas.append(Region(start, 0))
 
 

@@ -50,6 +50,8 @@ def pvcreate(command: Command) -> None:
             raise RequestError("Can only set uuid on one volume at once")
         settings["uuid"] = options["uuid"]
     if options.has("restorefile"):
+        if not options.has("uuid"):
+            raise RequestError("--uuid is required with --restorefile")
         restore = read_text(command, options["restorefile"])
     if options.has("setphysicalvolumesize"):
         settings["size"] = bytes_of(options["setphysicalvolumesize"])
