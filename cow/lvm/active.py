@@ -21,7 +21,7 @@ from cow.lvm.cow_size import (
     cap_extended,
     extend_percent,
 )
-from cow.lvm.errors import InUse, LVMError, RequestError, VGNotWritable
+from cow.lvm.errors import InUse, LVMError, RequestError
 from cow.lvm.merge import usage_of
 from cow.lvm.metadata import (
     LogicalVolume,
@@ -101,14 +101,16 @@ class ActiveVolumeGroup(ABC):
         LVMError names what could not be activated, when all the rest is. An exported VG is only
         activated in a group opened read-only.
         """
-        if reason := self.idle_reason:
-            raise LVMError(reason)
-        with self.lock, self.metadata.looked_at():
+        with self.lock:
             if mapper is not None and mapper is not self.mapper:
                 self._move_to(mapper)
-            if "EXPORTED" in self.metadata.status and not self.activation.readonly:
-                raise VGNotWritable(f"Volume group {self.name} is exported")
-            failed = []
+            if reason := self.idle_reason:
+                raise LVMError(reason)
+            self._activate(lvs, ignore_skip=ignore_skip)
+
+    def _activate(self, lvs: Iterable[str] | None, *, ignore_skip: bool) -> None:
+        failed = []
+        with self.metadata.looked_at():
             for lv in self._chosen(lvs):
                 if "ACTIVATION_SKIP" in lv.flags and not ignore_skip:
                     if lvs is not None:
