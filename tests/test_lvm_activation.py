@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -431,6 +432,35 @@ def test_an_lv_that_is_to_be_skipped_is(tmp_path):
         assert vg.is_active("lv")
 
 
+def test_all_that_could_not_be_activated_is_told(tmp_path):
+    with lvm.create_vg("vg", [image(tmp_path / "pv.img", 65536)]) as vg:
+        for name in ("one", "two", "three"):
+            vg.create_lv(name, extents=1)
+        for name in ("vg-one", "vg-three"):
+            vg.mapper.create(name, "0 8 zero")
+        with pytest.raises(lvm.LVMError) as caught:
+            vg.activate()
+        first, second = caught.value.strerror.split("\n")
+        assert first.startswith("Cannot activate vg/one: vg-one")
+        assert second.startswith("Cannot activate vg/three: vg-three")
+        assert vg.is_active("two")
+
+
+@pytest.mark.parametrize("flag", ["LOCKED", "PVMOVE"])
+def test_what_a_pvmove_holds_is_not_activated(flag):
+    text = backup_of("a_linear").replace('"VISIBLE"', f'"VISIBLE", "{flag}"')
+    vg = vg_from_text(parse(text))
+    assert tables.why_not(vg.lv("lin")) == "Cannot activate vga/lin: a pvmove is in progress."
+
+
+def test_an_lv_without_a_device_cannot_be_had(tmp_path):
+    with lvm.VolumeGroup.open(write_sample("a_linear", tmp_path)) as vg:
+        with pytest.raises(lvm.LVMError, match=r"Logical volume vga/lin is not active\."):
+            vg.device("lin")
+        vg.refresh_lv("lin")
+        assert vg.mapper.names() == []
+
+
 def test_a_family_is_activated_and_deactivated_by_any_of_its_names(tmp_path):
     with lvm.VolumeGroup.open(write_sample("e_snapshots", tmp_path)) as vg:
         vg.activate(lvs=["snap2"])
@@ -462,6 +492,40 @@ def test_what_failed_half_way_leaves_nothing(tmp_path):
         assert vg.mapper.names() == ["vge-rosnap"]
 
 
+def test_what_somebody_took_while_it_was_made_in_vain_stays(tmp_path, monkeypatch, caplog):
+    with lvm.VolumeGroup.open(write_sample("e_snapshots", tmp_path)) as vg:
+        resume, opened = vg.mapper.resume, []
+
+        def fail(name: str) -> None:
+            if name.endswith("vge-snap1"):
+                opened.append(vg.mapper.device("vge-org-real").open())
+                raise cow.DeviceIOError("not today")
+            resume(name)
+
+        monkeypatch.setattr(vg.mapper, "resume", fail)
+        with pytest.raises(cow.DeviceIOError, match="not today"):
+            vg.activate()
+        monkeypatch.undo()
+        assert vg.mapper.names() == ["vge-org-real"]
+        assert "vge-org-real stays: " in caplog.text
+        opened.pop().close()
+        vg.mapper.remove("vge-org-real")
+        vg.activate()
+        assert len(vg.mapper.names()) == 8
+
+
+def test_what_another_device_stands_on_stays_active(tmp_path):
+    with lvm.VolumeGroup.open(write_sample("e_snapshots", tmp_path)) as vg:
+        vg.activate()
+        vg.mapper.create("mine", "0 8 linear vge-org-real 0")
+        with pytest.raises(lvm.InUse, match="Unable to deactivate vge-org-real: "):
+            vg.deactivate(["org"])
+        assert "vge-org-real" in vg.mapper.names()
+        vg.mapper.remove("mine")
+        vg.deactivate(["org"])
+        assert vg.mapper.names() == []
+
+
 def test_a_store_that_is_damaged_is_named_and_nothing_stays(tmp_path):
     paths = write_sample("e_snapshots", tmp_path)
     Reader("e_snapshots", paths).put("snap1", b"garbage!" * 64)
@@ -487,6 +551,24 @@ def test_a_vg_moves_into_the_mapper_it_is_activated_in(tmp_path):
         vg.activate(dm)
         assert dm.names() == ["vga-lin"]
         assert vg.device("lin").size == 12 << 20
+
+
+def test_a_vg_that_is_active_does_not_move(tmp_path):
+    with cow.Mapper() as dm, lvm.VolumeGroup.open(write_sample("a_linear", tmp_path)) as vg:
+        vg.activate()
+        with pytest.raises(lvm.InUse, match="are in use in their mapper"):
+            vg.activate(dm)
+        assert (vg.mapper.names(), dm.names()) == (["vga-lin"], [])
+
+
+def test_a_vg_does_not_move_into_a_mapper_that_cannot_have_its_images(tmp_path):
+    paths = write_sample("b_striped", tmp_path)
+    with cow.Mapper() as dm, cow.Mapper() as other, lvm.VolumeGroup.open(paths) as vg:
+        os.rename(paths[1], tmp_path / "away.img")
+        with pytest.raises(cow.ImageError, match="no such device or file"):
+            vg.activate(dm)
+        other.use(paths[0], readonly=False)
+        assert dm.names() == []
 
 
 def test_devices_outlive_the_vg_in_a_mapper_that_is_not_its_own(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from unittest.mock import sentinel
 
 import pytest
 
-from cow.lvm.check import change_problem, problems
-from cow.lvm.metadata import VolumeGroupMetadata
+from cow.lvm.check import change_problem, problems, refuse_change
+from cow.lvm.errors import VGNotWritable
+from cow.lvm.metadata import Area, VolumeGroupMetadata
 from cow.lvm.metadata_text import vg_from_text
 from cow.lvm.text import parse
 
@@ -121,6 +123,31 @@ WRONG = {
     ),
     "a PV too small": (lambda vg: setattr(vg.pvs[0], "dev_size", 8192), "do not fit on 8192"),
     "half a creation": (lambda vg: setattr(org(vg), "creation_time", 7), "belong together"),
+    "too many extents": (
+        lambda vg: setattr(segment(vg), "extent_count", 2**32),
+        "LV org: 4294967296 extents, more than 4294967295",
+    ),
+    "a record of two segments": (
+        lambda vg: vg.find_lv("snapshot0").segments.append(
+            dataclasses.replace(segment(vg, "snapshot0"), start_extent=4)
+        ),
+        "LV snapshot0: only one segment permitted for snapshot",
+    ),
+    "past the LV": (
+        lambda vg: setattr(segment(vg), "areas", [Area(vg.find_lv("store"), 0)]),
+        "LV org invalid: segment 1 needs LE 3 of store.",
+    ),
+    "the name of a PV below": (
+        lambda vg: (
+            setattr(vg.find_lv("store"), "name", "pv0"),
+            setattr(segment(vg), "areas", [Area(vg.find_lv("pv0"), 0)]),
+        ),
+        "LV pv0 has the name of a PV's section and an LV stands on it.",
+    ),
+    "too many stripes": (
+        lambda vg: setattr(segment(vg), "areas", segment(vg).areas * 129),
+        "LV org: 129 stripes, more than 128.",
+    ),
     "the name of the VG": (lambda vg: setattr(vg, "name", "a b"), 'name "a b" is invalid.'),
     "a uuid twice": (lambda vg: setattr(org(vg), "id", vg.pvs[0].id), "is not unique in VG vg."),
     "a name twice": (lambda vg: setattr(org(vg), "name", "store"), '"store" already exists'),
@@ -178,3 +205,5 @@ def test_what_is_wrong_is_told(vg, name):
 def test_why_a_vg_may_only_be_read_is_told(vg, change, text):
     change(vg)
     assert text in change_problem(vg)
+    with pytest.raises(VGNotWritable, match=re.escape(text)):
+        refuse_change(vg)

@@ -858,6 +858,14 @@ def test_a_text_is_rejected_with(change, tmp_path):
         assert any(REJECTED[change] in warning for warning in found.warnings), found.warnings
 
 
+def test_a_text_of_no_vg_is_rejected(tmp_path):
+    (disk,) = sample("a_linear", tmp_path)
+    disk.set_text(b'contents = "Text Format Volume Group"\nversion = 1\n')
+    with lvm.scan([disk], readonly=True) as found:
+        assert found.vgs == []
+        assert any("Can't find volume group section." in each for each in found.warnings)
+
+
 def test_an_extent_may_not_be_used_twice(tmp_path):
     disks = sample("b_striped", tmp_path)
     for disk in disks:

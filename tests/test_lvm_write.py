@@ -23,7 +23,8 @@ from cow.lvm.backups import Backups
 from cow.lvm.check import problems
 from cow.lvm.commit import metadata_bytes
 from cow.lvm.edit import remove_lv, rename_lv
-from cow.lvm.label import label_bytes, read_label
+from cow.lvm.label import Label, Region, label_bytes, read_label
+from cow.lvm.mda import MetadataArea
 from cow.lvm.metadata_text import vg_from_text
 from cow.lvm.text import parse
 
@@ -67,6 +68,12 @@ def test_a_real_label_is_written_again_to_the_byte(disk_name, tmp_path):
     with cow.Mapper() as dm:
         label = read_label(dm.use(str(tmp_path / "disk.img"), readonly=True), "disk")
     assert label_bytes(label) == real
+
+
+def test_a_label_of_more_areas_than_a_sector_holds_is_not_made():
+    label = Label("x" * 32, 64 * MIB, [Region(MIB, 0)], [Region(4096, MIB)] * 30)
+    with pytest.raises(lvm.MetadataError, match="does not fit into a sector"):
+        label_bytes(label)
 
 
 # Options of pvcreate, and where lvm2 2.03.16 then put: extents, metadata areas, bootloader area.
@@ -217,6 +224,26 @@ def test_a_device_with_partitions_is_refused(kind, tmp_path):
         lvm.create_pv(str(disk))
 
 
+@pytest.mark.parametrize(
+    ("offset", "data"),
+    [
+        (3, b"NTFS    "),
+        (3, b"EXFAT   "),
+        (54, b"FAT16"),
+        (82, b"FAT32"),
+        (446, struct.pack("<B3xB3xII", 0x7F, 0x83, 2048, 4096)),
+    ],
+)
+def test_a_boot_sector_is_no_partition_table(offset, data, tmp_path):
+    """Its end is the same, and where a table has its entries there may be anything."""
+    (disk,) = make_disks(tmp_path, 1)
+    disk.write(462, struct.pack("<B3xB3xII", 0, 0x83, 2048, 4096))
+    disk.write(510, b"\x55\xaa")
+    disk.write(offset, data)
+    lvm.create_pv(str(disk))
+    assert disk.read(SECTOR, 8) == b"LABELONE"
+
+
 # VGs.
 
 
@@ -326,6 +353,23 @@ def test_a_text_too_long_for_the_ring_is_refused(tmp_path):
     assert disk.slots()[1] == (0, 0, 0, 0)
 
 
+def test_a_text_is_never_written_over_the_committed_one(tmp_path):
+    """One longer than LVM writes, by another program: the next does not fit beside it."""
+    (disk,) = make_disks(tmp_path, 1)
+    with make_vg([disk], data_alignment=4096, metadata_size=32768, extent_size=8):
+        pass
+    size = 32768
+    text = disk.text(size=size).rstrip(b"\0") + b"# " + b"x" * 31000 + b"\n"
+    disk.set_text(text, size=size)
+    with lvm.VolumeGroup.open([disk]) as vg:
+        with pytest.raises(lvm.NoSpaceError, match="does not fit beside the committed one"):
+            vg.create_lv("lv", extents=1)
+        assert vg.metadata.seqno == 1
+    assert disk.text(size=size) == text + b"\0"
+    with lvm.VolumeGroup.open([disk]) as vg:
+        assert vg.lvs() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -335,6 +379,7 @@ def test_a_text_too_long_for_the_ring_is_refused(tmp_path):
         ({"name": "x" * 128}, lvm.RequestError, "is invalid."),
         ({"name": "contents"}, lvm.RequestError, 'New volume group name "contents" is invalid.'),
         ({"extent_size": 0}, lvm.RequestError, "Physical extent size may not be zero"),
+        ({"extent_size": 2**32}, lvm.RequestError, "4294967296 sectors is out of range."),
         ({"extent_size": 6}, lvm.LVMError, "must be a multiple of 128.00 KiB when not a power"),
         ({"tags": ["a@b"]}, lvm.RequestError, "Invalid tag a@b."),
         ({"policy": "any"}, lvm.RequestError, "Unrecognised allocation policy any"),
@@ -345,6 +390,22 @@ def test_a_vg_that_cannot_be_is_refused_and_nothing_written(arguments, error, te
     with pytest.raises(error, match=re.escape(text)):
         lvm.create_vg(arguments.pop("name", "vg"), [str(disk)], **arguments)
     assert not any(disk.read(0, 2 * MIB))
+
+
+def test_a_vg_has_a_pv(tmp_path):
+    with pytest.raises(lvm.RequestError, match="Please enter physical volume paths"):
+        lvm.create_vg("vg", [])
+
+
+def test_a_copy_of_a_pv_is_not_taken(tmp_path):
+    (disk,) = make_disks(tmp_path, 1)
+    lvm.create_pv(str(disk))
+    shutil.copy(disk.path, tmp_path / "copy.img")
+    paths = [str(disk), str(tmp_path / "copy.img")]
+    before = [Disk(Path(path)).metadata() for path in paths]
+    with pytest.raises(lvm.InUse, match=r"Cannot use device .* with duplicates\."):
+        lvm.create_vg("vg", paths)
+    assert [Disk(Path(path)).metadata() for path in paths] == before
 
 
 def test_a_vg_of_that_name_may_be_there_already(tmp_path):
@@ -450,6 +511,17 @@ def test_an_exported_vg_is_left_alone_until_it_is_imported(tmp_path):
         vg.activate()
 
 
+def test_a_vg_that_another_exported_is_not_activated_in_another_mapper(tmp_path):
+    (path,) = map(str, make_disks(tmp_path, 1))
+    with cow.Mapper() as dm, lvm.create_vg("vg", [path]) as vg:
+        vg.create_lv("one", extents=1)
+        with lvm.VolumeGroup.open([path], mapper=vg.mapper) as other:
+            other.export_vg()
+        with pytest.raises(lvm.LVMError, match="Volume group vg is exported"):
+            vg.activate(dm)
+        assert dm.names() == []
+
+
 def test_a_vg_that_is_not_resizeable_does_not_grow(tmp_path):
     disks = make_disks(tmp_path)
     with make_vg(disks[:1]) as vg:
@@ -486,6 +558,32 @@ def test_a_vg_is_renamed(tmp_path):
         vg.rename("new-name")
     with lvm.VolumeGroup.open(disks, "new-name", readonly=True) as vg:
         assert vg.lv("snapshot0").segments[0].origin is vg.lv("org")
+
+
+def test_a_vg_does_not_get_the_name_of_another(tmp_path):
+    disks = [*sample("e_snapshots", tmp_path), *sample("a_linear", tmp_path)]
+    with lvm.VolumeGroup.open(disks, "vge") as vg:
+        with pytest.raises(lvm.AlreadyExists, match='New VG name "vga" already exists'):
+            vg.rename("vga")
+        assert vg.name == "vge"
+
+
+def test_a_pv_that_is_not_in_the_vg_is_not_taken_out(tmp_path):
+    with make_vg(make_disks(tmp_path, 1)) as vg:
+        with pytest.raises(lvm.PVNotFound, match='Failed to find physical volume "/nosuch"'):
+            vg.reduce("/nosuch")
+        assert vg.metadata.seqno == 1
+
+
+def test_a_vg_is_not_removed_while_hidden_lvs_are_left(tmp_path):
+    with make_vg(make_disks(tmp_path)) as vg:
+        vg.create_lv("plain", extents=1)
+        vg.create_lv("hidden", extents=1)
+        with vg.change("hide") as new:
+            new.lv("hidden").set_status("VISIBLE", False)
+        with pytest.raises(lvm.LVMError, match=r"still contains 1 logical volume\(s\)"):
+            vg.remove()
+        assert [lv.name for lv in vg.metadata.lvs] == ["hidden"]
 
 
 def test_tags_and_limits_of_a_vg(tmp_path):
@@ -648,6 +746,28 @@ def test_nothing_is_changed_if_the_block_raises(tmp_path):
             new.seqno //= 0
         assert vg.metadata.seqno == 1
         assert [disk.metadata() for disk in disks] == before
+
+
+def test_a_change_that_is_interrupted_after_the_first_commit_is_made(tmp_path, monkeypatch):
+    disks = make_disks(tmp_path)
+    real, commits = MetadataArea.commit, []
+
+    def commit(mda):
+        commits.append(mda)
+        if len(commits) == 2:
+            raise KeyboardInterrupt
+        real(mda)
+
+    with make_vg(disks) as vg:
+        vg.work = Work()
+        monkeypatch.setattr(MetadataArea, "commit", commit)
+        with pytest.raises(KeyboardInterrupt):
+            vg.create_lv("lv", extents=1)
+        monkeypatch.undo()
+        assert vg.work.calls == ["preload 1 2", "suspend 1 2", "resume 1 2"]
+        assert (vg.metadata.seqno, [lv.name for lv in vg.lvs()]) == (2, ["lv"])
+    with lvm.VolumeGroup.open(disks) as vg:
+        assert (vg.metadata.seqno, [lv.name for lv in vg.lvs()]) == (2, ["lv"])
 
 
 @pytest.fixture
@@ -878,6 +998,37 @@ def test_a_backup_of_another_vg_is_not_restored(tmp_path):
             vg.restore(support.backup_of("a_linear").replace("vga", "vg"))
 
 
+def test_a_backup_that_is_no_vg_is_not_restored(tmp_path):
+    disks = make_disks(tmp_path)
+    with make_vg(disks) as vg:
+        vg.create_lv("lv", extents=3)
+        text = vg.backup().replace("start_extent = 0", "start_extent = 1")
+        with pytest.raises(lvm.MetadataError, match="should begin at LE 0"):
+            vg.restore(text)
+        assert vg.metadata.seqno == 2
+    with pytest.raises(lvm.MetadataError, match="should begin at LE 0"):
+        lvm.restore_vg(text, [str(disk) for disk in disks])
+    with lvm.VolumeGroup.open(disks) as vg:
+        assert vg.metadata.seqno == 2
+
+
+def test_a_vg_is_not_restored_over_another(tmp_path):
+    disks = make_disks(tmp_path, 3)
+    with make_vg(disks[:2]) as vg:
+        first = vg.backup()
+        vg.remove()
+    with make_vg(disks[1:]):
+        pass
+    with pytest.raises(lvm.AlreadyExists, match="A volume group called vg already exists"):
+        lvm.restore_vg(first, [str(disk) for disk in disks])
+    with lvm.VolumeGroup.open(disks[1:]) as vg:
+        vg.rename("other")
+    with pytest.raises(lvm.InUse, match="is already in volume group 'other'"):
+        lvm.restore_vg(first, [str(disk) for disk in disks])
+    with lvm.VolumeGroup.open(disks, "other") as vg:
+        assert vg.metadata.seqno == 2
+
+
 def test_a_vg_is_restored_on_new_disks_from_its_backup_alone(tmp_path):
     text = support.backup_of("b_striped")
     disks = make_disks(tmp_path)
@@ -910,6 +1061,31 @@ def test_a_lost_label_comes_back_with_the_layout_it_had(tmp_path):
     lvm.create_pv(str(disks[1]), uuid="465WgF-x13Z-K5Hu-DPnP-tFlN-hij0-2plaBt", restore=text)
     lvm.restore_vg(text, [str(disk) for disk in disks])
     assert disks[1].read(SECTOR, SECTOR) == real
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "text"),
+    [
+        (("pe_start = 2048", "pe_start = 8"), {}, "no room for a metadata area before byte 4096"),
+        (
+            ("pe_count = 15", "pe_count = 16"),
+            {"metadata_copies": 2, "size": 65 * MIB},
+            "no room for a metadata area behind byte 68157440",
+        ),
+        (("pe_count = 15", "pe_count = 17"), {}, r"Physical extents \(<69\.00 MiB\) end beyond"),
+        ((), {"uuid": None}, "--uuid is required with --restorefile"),
+    ],
+)
+def test_a_layout_that_does_not_fit_does_not_come_back(tmp_path, change, options, text):
+    (disk,) = make_disks(tmp_path, 1, 66 * MIB)
+    backup = support.backup_of("b_striped")
+    assert not change or change[0] in backup
+    if change:
+        backup = backup.replace(*change)
+    uuid = {"uuid": "465WgF-x13Z-K5Hu-DPnP-tFlN-hij0-2plaBt"}
+    with pytest.raises(lvm.LVMError, match=text):
+        lvm.create_pv(str(disk), restore=backup, **{**uuid, **options})
+    assert not any(disk.read(0, 2 * MIB))
 
 
 def test_a_uuid_that_is_there_is_not_given_again(tmp_path):

@@ -37,13 +37,11 @@ class PVDevice:
 
     @property
     def claimed(self) -> bool:
-        """Whether it belongs to a VG, or may do so though the VG is not to be seen.
+        """Whether a PV of no VG may belong to one that is not to be seen.
 
         The label alone may say so after a crash in vgcreate or vgextend: then there is a metadata
         area without text, which a VG that had the PV would have filled.
         """
-        if self.vg_name:
-            return True
         empty = any(
             not mda.bad and not mda.ignored and not mda.committed.present for mda in self.mdas
         )

@@ -93,9 +93,6 @@ class DMDevice:
             for line in self.lines
         )
 
-    def __repr__(self) -> str:
-        return f"<DMDevice {self.name}>"
-
 
 @dataclass(frozen=True, eq=False)
 class SnapshotDevices:
