@@ -447,7 +447,8 @@ class _Plan:
         for found in self._old:
             leaving = [each for each in found.snapshots if each.cow.uuid not in staying]
             if self._was_merging and not merges:
-                order += [device for each in leaving for device in (each.top, each.cow)]
+                for each in leaving:
+                    order += [*each.below, each.top, each.cow]
             order += reversed(found.below) if leaving else []
             for snapshot in leaving:
                 order += [*snapshot.below, snapshot.cow]
