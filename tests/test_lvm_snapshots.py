@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import functools
 import itertools
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -15,13 +18,17 @@ from support import image, poll, stamp
 
 import cow
 from cow import lvm
+from cow.image import wait_for_lock
 from cow.lvm import snapshot_record
+from cow.lvm.activation import _Plan
 from cow.lvm.allocation import PVRange
 from cow.lvm.check import problems
 from cow.lvm.command import Shell, run
 from cow.lvm.group import _open_again
+from cow.lvm.merge import usage_of
+from cow.lvm.metadata import Area, Segment
 from cow.lvm.metadata_text import vg_section
-from cow.lvm.monitor import Monitor
+from cow.lvm.monitor import Monitor, _cannot_grow
 from cow.lvm.report.live import Live
 from cow.targets import snapshot_merge
 
@@ -443,6 +450,66 @@ def test_a_merge_that_fails_is_told_and_keeps_the_snapshot(tmp_path):
             assert content(vg, "org")[:100_000] == b"m" * 100_000
 
 
+def test_a_merge_that_takes_long_tells_how_far_it_is(vg, monkeypatch):
+    vg.create_snapshot("org", "s", extents=FULL)
+    vg.device("s").pwrite(b"m" * 100_000, 0)
+    run, begins = snapshot_merge._Worker._run, threading.Event()
+
+    def run_late(worker: snapshot_merge._Worker) -> None:
+        begins.wait()
+        run(worker)
+
+    said: list[str] = []
+
+    def report(text: str) -> None:
+        said.append(text)
+        if "Merged" in text:
+            begins.set()
+
+    monkeypatch.setattr(snapshot_merge._Worker, "_run", run_late)
+    vg.report = report
+    vg.merge("s", interval=0.001)
+    merged = [text for text in said if "Merged" in text]
+    assert merged[0] != merged[-1] == "vg/org: Merged: 100.00%"
+    assert content(vg, "org")[:100_000] == b"m" * 100_000
+
+
+def test_who_waits_for_a_merge_is_told_that_it_was_stopped(vg, monkeypatch):
+    vg.create_snapshot("org", "s", extents=FULL)
+    vg.device("s").pwrite(b"m" * 100_000, 0)
+    monkeypatch.setattr(snapshot_merge._Worker, "_run", lambda worker: worker._stop.wait())
+    vg.merge("s", background=True)
+    vg.deactivate()
+    with pytest.raises(lvm.LVMError, match="the merge was stopped: vg/org is not active"):
+        vg.wait_merge("org")
+
+
+def test_a_merge_whose_snapshot_became_invalid_is_told(vg):
+    vg.create_snapshot("org", "s", extents=1)
+    with vg.device("org").open():
+        vg.merge("s")
+    fill(vg, "s")
+    vg.deactivate()
+    vg.activate()
+    assert vg.mapper.status("vg-org").endswith("snapshot-merge Invalid")
+    with pytest.raises(lvm.LVMError, match=r"vg/org: Merging snapshot invalidated\. Aborting"):
+        vg.wait_merge("org")
+    assert content(vg, "org") == b"x" * len(content(vg, "org"))
+
+
+def test_a_device_that_goes_while_it_is_looked_at_tells_nothing(vg, monkeypatch):
+    vg.create_snapshot("org", "s", extents=4)
+    status = vg.mapper.status
+
+    def too_late(name: str) -> str:
+        vg.deactivate()
+        return status(name)
+
+    assert usage_of(vg.activation, vg.lv("s")) is not None
+    monkeypatch.setattr(vg.mapper, "status", too_late)
+    assert usage_of(vg.activation, vg.lv("s")) is None
+
+
 def fill(vg: lvm.VolumeGroup, name: str) -> None:
     """Write the origin until a snapshot has no room."""
     for chunk in range(256):
@@ -464,6 +531,40 @@ def test_an_invalid_snapshot_can_only_be_removed(vg):
     vg.activate()
     vg.remove_lv("s")
     assert vg.mapper.names() == ["vg-org"]
+
+
+def test_a_damaged_store_is_not_merged_while_it_is_not_active(vg):
+    vg.create_snapshot("org", "s", extents=4)
+    vg.deactivate()
+    area = vg.lv("s").segments[0].areas[0]
+    start = (area.of.pe_start + area.start * EXTENT) * 512
+    area.of.device.pwrite(b"garbage!" * 64, start)
+    seqno = vg.metadata.seqno
+    with pytest.raises(lvm.LVMError, match="Unable to merge invalidated snapshot LV vg/s"):
+        vg.merge("s")
+    assert vg.metadata.seqno == seqno
+
+
+def test_a_store_on_a_mirror_is_merged_at_the_next_activation(vg):
+    with vg.change("lvcreate --type mirror") as new:
+        mirror = new.new_lv("s")
+        segment = Segment(0, 4, "mirror", region_size=128)
+        for number in range(2):
+            leg = new.new_lv(f"s_mimage_{number}", status=["READ", "WRITE"])
+            leg.segments.append(Segment(0, 4, "striped", areas=[Area(new.pvs[number], 100)]))
+            segment.areas.append(Area(leg, 0))
+        mirror.segments.append(segment)
+    vg.attach_snapshot("org", "s")
+    vg.deactivate()
+    vg.activate()
+    vg.device("s").pwrite(b"m" * 10_000, 0)
+    vg.deactivate()
+    said = said_by(vg)
+    vg.merge("s")
+    assert said == ["Merging of snapshot vg/s will occur on next activation of vg/org."]
+    vg.activate()
+    vg.wait_merge("org")
+    assert content(vg, "org")[:10_000] == b"m" * 10_000
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -548,6 +649,68 @@ def test_what_is_open_is_not_removed(vg, name):
     assert len(vg.mapper.names()) == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("s", "Logical volume vg/s is no snapshot any more"), ("plain", "is not there any more")],
+)
+def test_what_somebody_else_did_while_it_was_asked_is_seen(vg, name, text):
+    vg.create_snapshot("org", "s", extents=4)
+    vg.create_lv("plain", extents=4)
+    vg.activate(lvs=["plain"])
+
+    def meanwhile(question: str) -> bool:
+        if other.lv(name).is_cow:
+            other.split_snapshot(name)
+        else:
+            other.remove_lv(name)
+        return True
+
+    with vg._opener()(vg.mapper) as other:
+        vg.confirm = meanwhile
+        with pytest.raises(lvm.LVMError, match=text):
+            vg.remove_lv(name)
+    assert problems(vg.metadata) == []
+    assert not vg.metadata.snapshot_records or name == "plain"
+
+
+@pytest.mark.parametrize(
+    ("do", "text"),
+    [
+        (lambda vg: vg.create_snapshot("org", "t", extents=4), "Snapshots of locked devices"),
+        (lambda vg: vg.merge("s"), "Unable to merge locked logical volume vg/s"),
+    ],
+)
+def test_a_locked_lv_is_left_alone(vg, do, text):
+    vg.create_snapshot("org", "s", extents=4)
+    vg.deactivate()
+    with vg.change("lock") as new:
+        for name in ("org", "s"):
+            new.lv(name).set_status("LOCKED", True)
+    seqno = vg.metadata.seqno
+    with pytest.raises(lvm.LVMError, match=text):
+        do(vg)
+    assert [lv.name for lv in vg.metadata.visible_lvs()] == ["org", "s"]
+    assert not vg.lv("org").merging_snapshot
+    assert vg.metadata.seqno == seqno
+
+
+def test_a_store_is_not_reduced_below_what_is_written_meanwhile(vg, monkeypatch):
+    vg.create_snapshot("org", "s", extents=10)
+    preload = _Plan.preload
+
+    def write_late(plan: _Plan) -> None:
+        preload(plan)
+        vg.device("s").pwrite(b"x" * 5 * BYTES, 0)
+
+    monkeypatch.setattr(_Plan, "preload", write_late)
+    before = vg.mapper.table()
+    with pytest.raises(lvm.LVMError, match=r"Cannot reduce active snapshot vg/s: \d+ sectors"):
+        vg.reduce_lv("s", extents=5)
+    assert vg.lv("s").extent_count == 10
+    assert vg.mapper.table() == before
+    assert content(vg, "s")[: 5 * BYTES] == b"x" * 5 * BYTES
+
+
 def test_a_store_is_not_reduced_below_what_it_uses(vg):
     vg.create_snapshot("org", "s", extents=10)
     vg.device("s").pwrite(b"x" * 5 * BYTES, 0)
@@ -558,15 +721,16 @@ def test_a_store_is_not_reduced_below_what_it_uses(vg):
         vg.reduce_lv("s", extents=8)
 
 
+def _no_commit(*args: object) -> None:
+    raise OSError(5, "no commit today")
+
+
 def test_where_the_commit_fails_the_old_tables_stay(vg, monkeypatch):
     vg.create_snapshot("org", "s", extents=4)
     before = vg.mapper.table()
     expected = content(vg, "org")
 
-    def fail(*args: object) -> None:
-        raise OSError(5, "no commit today")
-
-    monkeypatch.setattr("cow.lvm.mda.MetadataArea.commit", fail)
+    monkeypatch.setattr("cow.lvm.mda.MetadataArea.commit", _no_commit)
     for do in (
         lambda: vg.create_snapshot("org", "t", extents=4),
         lambda: vg.extend_lv("s", extents=6),
@@ -581,6 +745,80 @@ def test_where_the_commit_fails_the_old_tables_stay(vg, monkeypatch):
         assert content(vg, "org") == content(vg, "s") == expected
         assert not any(vg.mapper.info(name).suspended for name in vg.mapper.names())
         assert not any(vg.mapper.info(name).inactive for name in vg.mapper.names())
+
+
+def failing(vg: lvm.VolumeGroup, verb: str, name: str, monkeypatch) -> None:
+    """Let a verb of the mapper fail for one device."""
+    real = getattr(vg.mapper, verb)
+
+    def fail(path: str, *args: object, **options: object) -> object:
+        if path.endswith(f"/{name}"):
+            raise cow.DeviceIOError(f"no {verb} today")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(vg.mapper, verb, fail)
+
+
+def test_where_the_old_tables_cannot_be_had_back_for_one_the_others_have_them(
+    vg, monkeypatch, caplog
+):
+    vg.create_snapshot("org", "s", extents=4)
+    before = vg.mapper.table()
+    monkeypatch.setattr("cow.lvm.mda.MetadataArea.commit", _no_commit)
+    failing(vg, "resume", "vg-s", monkeypatch)
+    with pytest.raises(lvm.LVMError, match="no commit today"):
+        vg.rename_lv("org", "other")
+    monkeypatch.undo()
+    assert "no resume today" in caplog.text
+    assert [name for name in vg.mapper.names() if vg.mapper.info(name).suspended] == ["vg-s"]
+    vg.mapper.resume("vg-s")
+    assert vg.mapper.table() == before
+
+
+def test_a_device_that_is_not_resumed_is_told_when_all_others_are(vg, monkeypatch, caplog):
+    vg.create_snapshot("org", "s", extents=4)
+    failing(vg, "resume", "vg-s", monkeypatch)
+    with pytest.raises(
+        lvm.LVMError, match="Failed to resume after a change of VG vg: no resume today"
+    ):
+        vg.extend_lv("s", extents=6)
+    monkeypatch.undo()
+    assert "vg-s is not resumed" in caplog.text
+    assert vg.lv("s").extent_count == 6
+    assert [name for name in vg.mapper.names() if vg.mapper.info(name).suspended] == ["vg-s"]
+    vg.mapper.resume("vg-s")
+    assert content(vg, "s") == content(vg, "org")
+
+
+def test_a_layer_that_somebody_uses_is_told_when_it_cannot_go(vg):
+    vg.create_snapshot("org", "s", extents=4)
+    vg.mapper.create("mine", "0 8 linear vg-org-real 0")
+    with pytest.raises(lvm.LVMError, match=r"Failed to resume .*/vg-org-real: in use, .*: mine"):
+        vg.remove_lv("s")
+    assert content(vg, "org") == stamp(0, 2048, 0)
+    assert [lv.name for lv in vg.lvs()] == ["org", "s"]
+    vg.remove_lv("s")
+    vg.mapper.remove("mine")
+    assert [lv.name for lv in vg.lvs()] == ["org"]
+
+
+def test_a_refresh_that_fails_leaves_the_tables_as_they_are(vg, monkeypatch):
+    vg.create_snapshot("org", "s", extents=FULL)
+    vg.device("s").pwrite(b"m" * 100_000, 5000)
+    with vg.device("s").open():
+        vg.merge("s")
+    before = vg.mapper.table()
+    failing(vg, "load", "vg-org", monkeypatch)
+    with pytest.raises(lvm.LVMError, match="no load today"):
+        vg.refresh_lv("org")
+    monkeypatch.undo()
+    assert vg.mapper.table() == before
+    for name in vg.mapper.names():
+        assert not vg.mapper.info(name).suspended
+        assert not vg.mapper.info(name).inactive
+    vg.refresh_lv("org")
+    vg.wait_merge("org")
+    assert content(vg, "org")[5000:105_000] == b"m" * 100_000
 
 
 def test_a_snapshot_whose_second_generation_fails_is_taken_back(vg, monkeypatch):
@@ -733,13 +971,14 @@ def idle(tmp_path):
 
 
 def count_looks(monkeypatch) -> list[int]:
-    """Note each look of a monitor, when it is over."""
+    """Note the event after which each look of a monitor began, when it is over."""
     looks: list[int] = []
     look = Monitor._look
 
     def counted(monitor: Monitor) -> bool:
+        seen = monitor._gate.event_nr
         found = look(monitor)
-        looks.append(1)
+        looks.append(seen)
         return found
 
     monkeypatch.setattr(Monitor, "_look", counted)
@@ -779,16 +1018,95 @@ def test_a_monitor_is_not_put_off_for_ever_by_a_reader_that_is_done_too_early(id
 def test_a_monitor_goes_on_when_another_process_lets_go_of_an_image(idle, monkeypatch):
     dm, paths = idle
     looks = count_looks(monkeypatch)
+    had: list[str] = []
+    with open(paths[1], "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with lvm.VolumeGroup.open(paths[:1], mapper=dm) as part:
+            again = functools.partial(_open_again, paths, part.id)
+
+        @contextlib.contextmanager
+        def opener(mapper: cow.Mapper) -> Iterator[lvm.VolumeGroup]:
+            with again(mapper) as group:
+                had.append(group.name)
+                yield group
+
+        monitor = Monitor(dm, opener)
+        monitor.set_policy(70, 20)
+        # It looks for set_policy(), and once more if that was called before it had begun.
+        poll(lambda: looks and looks[-1] == dm.gate.event_nr)
+        assert had == []
+    poll(lambda: had)
+    monitor.stop()
+    assert len(looks) <= 3  # one of them for set_policy()
+
+
+def test_a_monitor_says_once_what_is_wrong_and_goes_on(idle, monkeypatch, caplog):
+    dm, paths = idle
+    looks = count_looks(monkeypatch)
+    errors = [lvm.MetadataError("damaged"), cow.ImageError("no image", errno.ENOENT)] * 2
+
+    @contextlib.contextmanager
+    def opener(mapper: cow.Mapper) -> Iterator[lvm.VolumeGroup]:
+        if errors:
+            raise errors.pop(0)
+        with lvm.VolumeGroup.open(paths, mapper=mapper) as group:
+            yield group
+
+    monitor = Monitor(dm, opener)
+    for number in range(1, 6):
+        monitor.wake()
+        poll(lambda: len(looks) >= number)  # noqa: B023
+    assert monitor.running
+    monitor.stop()
+    assert errors == []
+    assert (caplog.text.count("damaged"), caplog.text.count("no image")) == (1, 1)
+
+
+def test_a_monitor_whose_mapper_closes_under_it_ends_and_says_nothing(tmp_path, caplog):
+    dm = cow.Mapper()
+
+    def opener(mapper: cow.Mapper) -> contextlib.AbstractContextManager[lvm.VolumeGroup]:
+        mapper.close()
+        raise cow.ImageError("no mapper", errno.ENODEV)
+
+    monitor = Monitor(dm, opener)
+    monitor.wake()
+    poll(lambda: not monitor.running)
+    assert "no mapper" not in caplog.text
+
+
+def test_a_monitor_says_which_image_it_cannot_wait_for(idle, monkeypatch, caplog):
+    dm, paths = idle
+    looks = count_looks(monkeypatch)
+
+    def too_late(path: str) -> None:
+        os.unlink(path)
+        wait_for_lock(path)
+
+    monkeypatch.setattr("cow.lvm.monitor.wait_for_lock", too_late)
     with open(paths[1], "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         with lvm.VolumeGroup.open(paths[:1], mapper=dm) as part:
             opener = functools.partial(_open_again, paths, part.id)
         monitor = Monitor(dm, opener)
-        monitor.set_policy(70, 20)
+        monitor.wake()
+        poll(lambda: f"{paths[1]}: No such file or directory" in caplog.text)
         poll(lambda: looks)
-    poll(lambda: len(looks) > 1)
+    assert monitor.running
     monitor.stop()
-    assert len(looks) <= 3  # one of them for set_policy()
+
+
+def test_a_monitor_leaves_alone_what_is_not_active_and_what_is_no_snapshot(vg, monkeypatch, caplog):
+    looks = count_looks(monkeypatch)
+    vg.create_snapshot("org", "s", extents=2)
+    vg.deactivate()
+    monitor = vg.monitor(threshold=70, percent=20)
+    poll(lambda: looks)
+    monitor.stop()
+    assert caplog.text == ""
+    assert vg.lv("s").extent_count == 2
+    assert _cannot_grow(vg.lv("org"))
+    assert not _cannot_grow(vg.lv("s"))
 
 
 def test_reports_tell_which_stores_grow_by_themselves(vg):
@@ -822,6 +1140,9 @@ def test_extending_by_policy_does_what_the_threshold_asks(vg):
         vg.extend_by_policy("s", threshold=70, percent=0)
     vg.extend_by_policy("s", threshold=70, percent=20)
     assert vg.lv("s").extent_count == 12
+    vg.deactivate()
+    with pytest.raises(lvm.LVMError, match="Cannot tell how full snapshot vg/s is"):
+        vg.extend_by_policy("s", threshold=70, percent=20)
 
 
 def test_a_monitor_ends_with_its_mapper(tmp_path):
