@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import SECTOR, Rig, fill, image, stamp, store_bytes
+from support.libc_faults import LibcFaults
 
 import cow
 import cow.store
@@ -219,6 +220,22 @@ def test_extents_show_holes_as_zeros(dm, tmp_path):
         (196608, 65536, True),
     ]
     assert zeros(device.extents(65536 - 512, 1024)) == [(65024, 512, False), (65536, 512, True)]
+
+
+def test_a_run_of_an_image_is_sought_once_however_often_it_is_looked_at(dm, tmp_path):
+    path = sparse(tmp_path / "b.img", {65536: fill(65536, 1)}, 131072)
+    if not has_holes(path):
+        pytest.skip("the file system makes no holes")
+    dm.create("b", f"0 256 linear {path} 0")
+    lines = [f"{8 * n} 8 linear b {8 * (n // 2) + 128 * (n % 2)}" for n in range(32)]
+    device = dm.create("x", "\n".join(lines))
+    expected = [(4096 * n, 4096, n % 2 == 0) for n in range(32)]
+    assert zeros(device.extents()) == expected
+    faults = LibcFaults()
+    # Where a run begins and ends: two calls for the data, one for the hole before it.
+    with faults.fault("lseek", errno.EIO, at=4) as fault:
+        assert zeros(device.extents()) == expected
+    assert not fault.fired
 
 
 def test_what_a_growing_image_does_not_have_yet_reads_as_zeros(dm, tmp_path):

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def test_without_memory_a_merge_stops_and_goes_on_later(faults, folders):
 
 
 def test_without_address_space_a_handover_is_refused_and_done_later(faults, folders):
-    for fault, folder in zip(faults.each("mmap", errno.ENOMEM), folders, strict=False):
+    for fault, folder in zip(faults.each("mmap mremap", errno.ENOMEM), folders, strict=False):
         with cow.Mapper(durability="process") as dm:
             origin, store = image(folder / "o.img", stamp(0, 512, 0)), image(folder / "c", 2048)
             dm.create("real", f"0 {SECTORS} linear {origin} 0")
@@ -250,6 +251,44 @@ def test_without_address_space_a_handover_is_refused_and_done_later(faults, fold
             dm.resume("base")
             base.pwrite(bytes(512 * SECTOR), 0)
             assert snap.pread(512 * SECTOR, 0) == stamp(0, 512, 0)
+
+
+def test_without_memory_a_snapshot_of_a_snapshot_is_all_that_is_lost(faults, folders):
+    """What is copied out lies below a snapshot itself, and goes by way of a buffer."""
+    for fault, folder in zip(faults.each(MEMORY, errno.ENOMEM), folders, strict=False):
+        with cow.Mapper(durability="process") as dm:
+            rig = Rig(dm, folder, SECTORS)
+            rig.snap("snap", "P 8")
+            store = image(folder / "second.cow", 2048)
+            dm.create("second", f"0 {SECTORS} snapshot snap {store} P 8")
+            dm.create("top", f"0 {SECTORS} snapshot-origin snap")
+            with fault:
+                done = attempt(errno.ENOMEM, dm.device("top").pwrite, stamp(0, 16, 5), 0)
+            assert done or fault.fired
+            assert rig.read("base") == rig.before
+            if rig.usage("snap") == "Invalid":
+                assert not done
+                continue
+            written = stamp(0, 16, 5) + rig.before[16 * SECTOR :]
+            assert rig.read("top") == written if done else rig.read("top") in (rig.before, written)
+            if rig.usage("second") != "Invalid":
+                assert rig.read("second") == rig.before
+
+
+def test_without_memory_a_mirror_is_not_made(faults, folders):
+    for fault, folder in zip(faults.each(MEMORY, errno.ENOMEM), folders, strict=False):
+        with cow.Mapper(durability="process") as dm:
+            legs = [image(folder / name, SECTORS) for name in "ab"]
+            table = f"0 {SECTORS} mirror core 1 64 2 {legs[0]} 0 {legs[1]} 0"
+            with fault:
+                done = attempt(errno.ENOMEM, dm.create, "m", table)
+            assert done == (not fault.fired)
+            if not done:
+                assert dm.names() == []
+                dm.create("m", table)
+            dm.device("m").pwrite(stamp(0, 8, 1), 0)
+            for leg in legs:
+                assert Path(leg).read_bytes()[: 8 * SECTOR] == stamp(0, 8, 1)
 
 
 def test_without_memory_a_device_of_snapshots_is_not_looked_at(faults, folders):
@@ -297,6 +336,37 @@ def test_a_flush_that_fails_costs_no_more_than_a_snapshot(faults, folders, times
             assert flushed or fault.fired
             devices.check()
             devices.check_reopened()
+
+
+def test_where_what_lies_behind_the_records_cannot_be_zeroed_only_the_snapshot_is_lost(
+    faults, folders
+):
+    for fault, folder in zip(faults.each("fdatasync msync", errno.EIO), folders, strict=False):
+        with cow.Mapper(durability="power") as dm:
+            rig = Rig(dm, folder, SECTORS)
+            rig.snap("snap", "P 8")
+            rig.write("base", 0)
+        with open(rig.cows["snap"], "r+b") as store:
+            # A record that no commit got to: the one before it ends the list.
+            store.seek(8 * SECTOR + 2 * 16)
+            store.write(struct.pack("<QQ", 9, 7))
+        with cow.Mapper(durability="power") as rig.dm:
+            rig.dm.create("base-real", f"0 {SECTORS} linear {rig.origin} 0")
+            rig.dm.create("snap", rig.line("snap", "P 0"))
+            rig.dm.create("base", f"0 {SECTORS} snapshot-origin base-real")
+            with fault:
+                rig.write("base", 16)
+            lost = rig.usage() == "Invalid"
+            assert lost == fault.fired
+        if not lost:
+            assert rig.records() == [(0, 2), (2, 3)]
+        with cow.Mapper(durability="power") as rig.dm:
+            rig.dm.create("base-real", f"0 {SECTORS} linear {rig.origin} 0")
+            rig.dm.create("snap", rig.line("snap", "P 0"))
+            assert rig.usage() == ("Invalid" if lost else "32/2048 16")
+            assert rig.read("base-real", 16, 8) == stamp(16, 8, 1)
+            if not lost:
+                assert rig.read("snap") == rig.before
 
 
 @pytest.mark.parametrize("times", [1, FOREVER])

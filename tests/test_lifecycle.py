@@ -730,11 +730,14 @@ def test_a_store_below_its_low_water_mark_raises_one_event(dm, tmp_path):
     rig = Rig(dm, tmp_path)
     rig.snap(cow_sectors=128)
     dm.set_low_water_mark("snap", 65)
+    live = dm.device("snap").live
+    assert live is not None
+    store = live.targets[0].map.store
     for chunk in range(5):
         rig.write("base", 8 * chunk)
-    assert (rig.usage(), dm.events("snap")) == ("56/128 16", 0)
+    assert (rig.usage(), dm.events("snap"), store.low_water_mark) == ("56/128 16", 0, 65)
     rig.write("base", 40)
-    assert (rig.usage(), dm.events("snap")) == ("64/128 16", 1)
+    assert (rig.usage(), dm.events("snap"), store.low_water_mark) == ("64/128 16", 1, 0)
     rig.write("base", 48)
     assert dm.events("snap") == 1
 

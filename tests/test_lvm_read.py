@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -856,6 +858,15 @@ def test_a_text_is_rejected_with(change, tmp_path):
     with lvm.scan([disk], readonly=True) as found:
         assert found.vgs == []
         assert any(REJECTED[change] in warning for warning in found.warnings), found.warnings
+
+
+def test_the_package_lists_what_it_has_before_it_is_imported():
+    code = "import cow.lvm; print(*(n for n in cow.lvm.__all__ if n not in dir(cow.lvm)))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "\n"
+    assert set(lvm.__all__) <= set(dir(lvm))
 
 
 def test_a_text_of_no_vg_is_rejected(tmp_path):

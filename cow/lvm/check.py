@@ -273,8 +273,8 @@ def _snapshots(vg: VolumeGroupMetadata) -> Iterator[str]:
     for record in vg.snapshot_records:
         segment = record.segments[0]
         origin, cow, chunk = segment.origin, segment.cow, segment.chunk_size
-        if origin is None or cow is None:
-            continue
+        assert origin is not None
+        assert cow is not None
         if not is_power_of_2(chunk) or not MIN_SNAPSHOT_CHUNK <= chunk <= MAX_SNAPSHOT_CHUNK:
             yield f"{record.name}: Chunk size must be a power of 2 in the range 4K to 512K."
         elif cow.sectors < MIN_SNAPSHOT_CHUNKS * chunk:

@@ -26,6 +26,7 @@
 	EACH(realloc, void *, NULL, (void *a, size_t b), (a, b))                                   \
 	EACH(mmap, void *, MAP_FAILED, (void *a, size_t b, int c, int d, int e, off_t f),          \
 	     (a, b, c, d, e, f))                                                                   \
+	EACH(mremap, void *, MAP_FAILED, (void *a, size_t b, size_t c, int d), (a, b, c, d))       \
 	EACH(pread, ssize_t, -1, (int a, void *b, size_t c, off_t d), (a, b, c, d))                \
 	EACH(pwrite, ssize_t, -1, (int a, const void *b, size_t c, off_t d), (a, b, c, d))         \
 	EACH(lseek, off_t, -1, (int a, off_t b, int c), (a, b, c))                                 \

@@ -19,7 +19,7 @@ import cow._core
 
 from . import count
 
-MEMORY = "malloc calloc realloc mmap"
+MEMORY = "malloc calloc realloc mmap mremap"
 FOREVER = 1 << 40
 
 
