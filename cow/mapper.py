@@ -230,10 +230,12 @@ class Mapper:
         """Give a device without uuid one. With a live table its event counter goes up by one."""
         device = self._device(name)
         check_uuid(uuid)
-        if device.uuid:
-            raise InvalidArgument(f"{name}: has the uuid {device.uuid} already")
+        if not uuid:
+            raise InvalidArgument(f"{name}: the new uuid is empty")
         if uuid in self._by_uuid:
             raise DeviceBusy(f"{name}: a device with uuid {uuid} exists")
+        if device.uuid:
+            raise InvalidArgument(f"{name}: has the uuid {device.uuid} already")
         device.uuid = uuid
         self._by_uuid[uuid] = device
         if device.live is not None:

@@ -77,7 +77,7 @@ VERBS: dict[str, dict[str, Param]] = {
     "suspend": {**_WHICH, "noflush": _FLAG, "nolockfs": _FLAG},
     "resume": _WHICH,
     "remove": {**_WHICH, "force": _FLAG, "deferred": _FLAG},
-    "remove_all": {},
+    "remove_all": {"deferred": _FLAG},
     "rename": {**_WHICH, "new_name": _NAME},
     "set_uuid": {**_WHICH, "new_uuid": _NAME},
     "message": {**_WHICH, "sector": Param(int), "text": _NAME},

@@ -34,7 +34,7 @@ from cow.errors import (
 from cow.export.listen import Listener
 from cow.image import Image
 from cow.mapper import DIRECTORY, MAJOR, Mapper
-from cow.table import quote_arg
+from cow.table import Table, quote_arg
 
 log = logging.getLogger("cow.daemon")
 
@@ -454,9 +454,20 @@ def _describe_all(mapper: Mapper) -> list[dict[str, Any]]:
 
 
 def _describe(device: Device) -> dict[str, Any]:
-    live = device.live
-    below = [each for each in live.devices if isinstance(each, Device | Image)] if live else []
-    deps = [
+    inactive = device.inactive
+    return asdict(device.info()) | {
+        "inactive_targets": len(inactive.targets) if inactive else 0,
+        "inactive_readonly": inactive is not None and inactive.readonly,
+        "sectors": device.sectors,
+        "deps": _deps(device.live),
+        "inactive_deps": _deps(inactive),
+    }
+
+
+def _deps(table: Table | None) -> list[dict[str, Any]]:
+    """Describe what a table stands on, what was opened last first, as the kernel does."""
+    below = [each for each in table.devices if isinstance(each, Device | Image)] if table else []
+    return [
         {
             "name": quote_arg(str(each)),
             "dm": isinstance(each, Device),
@@ -465,13 +476,6 @@ def _describe(device: Device) -> dict[str, Any]:
         }
         for each in reversed(below)
     ]
-    inactive = device.inactive
-    return asdict(device.info()) | {
-        "inactive_targets": len(inactive.targets) if inactive else 0,
-        "inactive_readonly": inactive is not None and inactive.readonly,
-        "sectors": device.sectors,
-        "deps": deps,
-    }
 
 
 def _create(mapper: Mapper, *, name: str, **args: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -485,10 +489,12 @@ def _refused(mapper: Mapper, minor: int | None) -> dict[str, Any]:
     return {"major": MAJOR, "minor": free if minor is None else minor}
 
 
-def _remove_all(mapper: Mapper) -> None:
+def _remove_all(mapper: Mapper, *, deferred: bool | None) -> None:
     """Remove what is not in use; the kernel does not complain about the rest."""
     with contextlib.suppress(DeviceBusy):
         mapper.remove_all()
+    for name in mapper.names() if deferred else ():
+        mapper.remove(_designator(name), deferred=True)
 
 
 def _given(args: dict[str, Any]) -> dict[str, Any]:

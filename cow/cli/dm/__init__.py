@@ -220,10 +220,6 @@ def _run_verb(command: Command, verb: DmVerb, args: list[str]) -> int:
         columns = "columns" in options and command.verb in ("info", "splitname")
         if (selecting or columns) and not look.start_report(command):
             return OK
-        if selecting:
-            args = look.selected(command, args)
-            if not args:
-                return OK
     except Refused as refused:
         error(*refused.lines)
         return FAILED
@@ -233,6 +229,10 @@ def _run_verb(command: Command, verb: DmVerb, args: list[str]) -> int:
     )
     status = OK
     try:
+        if selecting:
+            args = look.selected(command, args)
+            if not args:
+                return OK
         for arg in args if verb.repeatable and args else [None]:
             verb.run(command, args if arg is None else [arg])
     except Refused as refused:

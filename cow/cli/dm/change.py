@@ -32,9 +32,7 @@ def create(command: Command, args: Sequence[str]) -> None:
     table = None
     if "notable" not in options:
         table = command.read_table(args[1] if len(args) == 2 else None)
-    number = None
-    if "major" in options:
-        number = atoi(options["major"]), atoi(options["minor"])
+    number = command.number() if "major" in options else None
     _create_one(command, args[0], table, options.get("uuid", ""), "readonly" in options, number)
 
 
@@ -47,6 +45,7 @@ def _create_one(
     number: tuple[int, int] | None,
 ) -> None:
     name, uuid = unmangle(name), unmangle(uuid)
+    minor = number[1] % 2**20 if number and number[1] >= 0 else None
     try:
         command.client.call(
             "create",
@@ -54,7 +53,7 @@ def _create_one(
             table=None if table is None or table.empty else table.text,
             uuid=uuid or None,
             readonly=readonly,
-            minor=number[1] % 2**20 if number else None,
+            minor=minor,
         )
     except NotServed:
         raise
@@ -65,7 +64,7 @@ def _create_one(
         made = Which(name, None, (described["major"], described["minor"]))
         raise Refused(*ioctl_failed(ioctl, made.label(), failure)) from failure
     except CowOSError as failure:
-        if number and f"minor {number[1]} is taken" in str(failure):
+        if f"minor {minor} is taken" in str(failure):
             failure.errno = errno.ENXIO  # what libdm makes of it
         label = Which(name, uuid, number).label()
         raise Refused(*ioctl_failed("create", label, failure)) from failure
@@ -84,7 +83,8 @@ def _create_concise(command: Command, args: Sequence[str]) -> None:
         check_new_uuid(uuid)
         table = command.check_table(text)
         number = (MAJOR, atoi(minor)) if minor else None
-        _create_one(command, name, table, uuid, flags == "ro", number)
+        readonly = flags == "ro" or "readonly" in command.options
+        _create_one(command, name, table, uuid, readonly, number)
 
 
 def _concise_devices(text: str) -> Iterator[list[str]]:
@@ -140,7 +140,7 @@ def load(command: Command, args: Sequence[str]) -> None:
         raise Refused("Too many command line arguments.")
     which = command.which(name)
     table = command.read_table(rest[0] if rest else None)
-    readonly = True if "readonly" in options else None
+    readonly = "readonly" in options
     command.ask("reload", "load", which, table=table.text, readonly=readonly)
     command.show_info(which)
 
@@ -170,7 +170,7 @@ def wipe_table(command: Command, args: Sequence[str]) -> None:
             size += int(line.split()[1]) if line else 0
     except Refused as refused:
         error(*refused.lines)
-    readonly = True if "readonly" in command.options else None
+    readonly = "readonly" in command.options
     command.ask("reload", "load", which, table=f"0 {size} error", readonly=readonly)
     try:
         command.ask("resume", "resume", which)
@@ -201,7 +201,8 @@ def remove(command: Command, args: Sequence[str]) -> None:
 
 def remove_all(command: Command, args: Sequence[str]) -> None:
     """Remove every device that is not in use, with --force the others too if they can be."""
-    command.client.call("remove_all")
+    deferred = "deferred" in command.options
+    command.client.call("remove_all", deferred=deferred)
     names = command.client.call("names")
     if "force" not in command.options or not names:
         return
@@ -210,7 +211,7 @@ def remove_all(command: Command, args: Sequence[str]) -> None:
             wipe_table(command, [name])
         except Refused as refused:
             error(*refused.lines)
-    command.client.call("remove_all")
+    command.client.call("remove_all", deferred=deferred)
     left = len(command.client.call("names"))
     if left:
         error(f"Unable to remove {left} device(s).")

@@ -143,8 +143,17 @@ class Command:
         if "uuid" in options:
             return Which(uuid=unmangle(options["uuid"]))
         if "major" in options:
-            return Which(number=(atoi(options["major"]), atoi(options["minor"])))
+            return Which(number=self.number())
         raise Refused("No device specified.")
+
+    def number(self) -> tuple[int, int]:
+        """Return what -j and -m say."""
+        major, minor = atoi(self.options["major"]), atoi(self.options["minor"])
+        if major <= 0 <= minor:
+            raise Refused(
+                "Missing major number for persistent device.", "Couldn't create ioctl argument."
+            )
+        return major, minor
 
     def all_or(self, name: str | None) -> list[Which] | None:
         """Return the devices a looking verb goes over; None where there is no device at all."""

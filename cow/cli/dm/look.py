@@ -121,8 +121,11 @@ def start_report(command: Command) -> bool:
     text = default
     if "columns" in options and command.verb in ("info", "splitname"):
         text = options.get("options", default)
-    if {"help", "?"} & set(text.split(",")):
+    if {"help", "?"} & {*text.split(","), *options.get("sort", "").split(",")}:
         error(*report.help_lines(groups))
+        return False
+    if options.get("select") in ("help", "?"):
+        error(*report.help_lines(groups, kinds=True), *report.selection_help())
         return False
     fields = report.find_fields(text, default, groups)
     command.report = report.Report(fields, options)
@@ -155,13 +158,14 @@ def deps(command: Command, args: Sequence[str]) -> None:
 
 def _deps_of(command: Command, which: Which) -> None:
     device = command.devices(which, "deps")[0]
+    below = device["inactive_deps" if "inactive" in command.options else "deps"]
     if "json" in command.options:
-        command.json.append({"name": device["name"], "deps": device["deps"]})
+        command.json.append({"name": device["name"], "deps": below})
         return
     if command.verbose:
         print_info(device)
-    names = "".join(f" ({_dev_name(command, dep, ', ')})" for dep in device["deps"])
-    print(f"{command.prefix(which, device)}{len(device['deps'])} dependencies\t:{names}")
+    names = "".join(f" ({_dev_name(command, dep, ', ')})" for dep in below)
+    print(f"{command.prefix(which, device)}{len(below)} dependencies\t:{names}")
     if command.verbose and command.multiple:
         print()
 
@@ -193,11 +197,11 @@ def ls(command: Command, args: Sequence[str]) -> None:
         ]
     elif not devices:
         print("No devices found")
-    elif "tree" in options:
-        _print_tree(command, devices)
     elif "target" in options:
         for device in kept:
             print("{name}\t({major}, {minor})".format(**device))
+    elif "tree" in options:
+        _print_tree(command, devices)
     else:
         for device in kept:
             print(f"{device['name']}\t({_dev_name(command, device, ':')})")

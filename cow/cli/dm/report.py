@@ -158,27 +158,49 @@ FIELDS = (
 )
 # fmt: on
 
+SELECTION = """\
+Selection syntax
+----------------
+  FIELD=VALUE           - Is the value; != is not.
+  FIELD>VALUE           - For numbers only, also <, >= and <=.
+  FIELD=~REGEX          - Holds a match of the regular expression; !~ holds none.
+  A && B, A , B         - Both.
+  A || B, A # B         - At least one; && goes first.
+  (A), !(A)             - As one; not so.
+  'VALUE', "VALUE"      - With blanks or operators in it; a REGEX also in (), [] or {}.
+"""
+
 INFO_FIELDS = "name,major,minor,attr,open,segments,events,uuid"
 SPLITNAME_FIELDS = "vg_name,lv_name,lv_layer"
 
 
-def help_lines(groups: Sequence[str] = tuple(GROUPS)) -> list[str]:
-    """Return the list of fields that `-o help` shows."""
+def help_lines(groups: Sequence[str] = tuple(GROUPS), *, kinds: bool = False) -> list[str]:
+    """Return the list of fields that `-o help` shows; with their kinds, that of `-S help`."""
     lines = []
     for group in groups:
         own = ("deps", "tree") if group == "deps" else (group,)
-        fields = [(each.name, each.description) for each in FIELDS if each.group in own]
+        rows = [] if kinds else [(f"{group}_all", "All fields in this section.")]
+        for field in FIELDS:
+            if field.group in own:
+                kind = f" [{'number' if field.numeric else 'string'}]" if kinds else ""
+                rows.append((field.name, f"{field.description}{kind}"))
         lines += [GROUPS[group], "-" * len(GROUPS[group])]
-        rows = [(f"{group}_all", "All fields in this section."), *fields]
         lines += [f"  {name:<21} - {text}" for name, text in rows] + [" "]
-    special = ("help", "Show help."), ("?", "Show help.")
+    kind = " [unselectable number]" if kinds else ""
     lines += ["Special Fields", "--------------"]
-    return [*lines, *(f"  {name:<21} - {text}" for name, text in special), " "]
+    return [*lines, *(f"  {name:<21} - Show help.{kind}" for name in ("help", "?")), " "]
+
+
+def selection_help() -> list[str]:
+    """Return how a selection is written, for `-S help`."""
+    return [*SELECTION.splitlines(), " "]
 
 
 def find_fields(text: str, default: str, groups: Sequence[str] = tuple(GROUPS)) -> list[Field]:
     """Return the fields of an -o list: names, GROUP_all, all; + in front adds to the default."""
-    names = [name for name in text.removeprefix("+").split(",") if name] or [""]
+    if not text:
+        return []
+    names = re.sub(",+", ",", text.removeprefix("+")).removeprefix(",").split(",")
     found = find_fields(default, "", groups) if text.startswith("+") else []
     for name in names:
         wanted = name.lower().replace("_", "")
@@ -190,6 +212,12 @@ def find_fields(text: str, default: str, groups: Sequence[str] = tuple(GROUPS)) 
             raise Refused(*help_lines(groups), f"Unrecognised field: {name}")
         found += fields
     return found
+
+
+def find_field(name: str) -> Field | None:
+    """Return the one field of a name, None if there is none."""
+    wanted = name.lower().replace("_", "")
+    return next((each for each in FIELDS if each.name.replace("_", "") == wanted), None)
 
 
 class Report:
@@ -205,13 +233,16 @@ class Report:
         self._sort = self._sort_fields(options.get("sort", ""))
 
     def _sort_fields(self, text: str) -> list[tuple[Field, bool]]:
-        found = []
-        for name in filter(None, text.split(",")):
-            try:
-                (field,) = find_fields(name.lstrip("+-"), "")
-            except Refused as refused:
-                raise Refused(*refused.lines[:-1], f"dm_report: {refused.lines[-1]}") from refused
-            found.append((field, name.startswith("-")))
+        found: list[tuple[Field, bool]] = []
+        for name in re.sub(",+", ",", text).removeprefix(",").split(",") if text else ():
+            field = find_field(name.lstrip("+-"))
+            if field is None:
+                unknown = f"dm_report: Unrecognised field: {name.lstrip('+-')}"
+                raise Refused(*help_lines(), unknown)
+            if field in [each for each, _ in found]:
+                error(f"dm_report: Ignoring duplicate sort field: {field.name}.")
+            else:
+                found.append((field, name.startswith("-")))
         return found
 
     def add(self, row: Row) -> None:
@@ -289,6 +320,9 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 
+STRING_QUOTES = {"'": "'", '"': '"'}
+REGEX_QUOTES = {**STRING_QUOTES, "(": ")", "[": "]", "{": "}"}
+
 Selects = Callable[[Row], bool]
 
 
@@ -297,7 +331,7 @@ class Selection:
 
     def __init__(self, text: str) -> None:
         self._rest = text
-        self.matches = self._any()
+        self.matches: Selects = self._any() if text else lambda row: True
         if self._rest.strip():
             raise Refused("Expecting logical operator", *self._hint(self._rest.strip()))
 
@@ -339,38 +373,62 @@ class Selection:
         found = re.match(r"([\w.-]*)\s*(=~|!~|!=|>=|<=|=|>|<|)\s*", here)
         assert found
         name, sign = found[1], found[2]
-        try:
-            (field,) = find_fields(name, "") if name else []
-        except (Refused, ValueError):
-            raise Refused(
-                *help_lines(), f"Unrecognised selection field: {name}", *self._hint(here)
-            ) from None
-        if not sign:
-            raise Refused("Unrecognised comparison operator: ", *self._hint(here))
-        rest = here[found.end() :]
-        quoted = re.match(r"'([^']*)'|\"([^\"]*)\"", rest)
-        plain = re.match(r"(?:(?!&&|\|\|)[^\s,#)])*", rest)
-        assert plain
-        value = plain[0] if quoted is None else quoted[0][1:-1]
-        self._rest = rest[(quoted or plain).end() :]
-        compare = COMPARE[sign]
+        if not name:
+            raise Refused("Expecting field name", *self._hint(here))
+        field = find_field(name)
+        if field is None:
+            lines = help_lines(kinds=True)
+            raise Refused(*lines, f"Unrecognised selection field: {name}", *self._hint(here))
+        self._rest = here[found.end() :]
+        compare = COMPARE.get(sign)
+        if compare is None or (not field.numeric and sign not in ("=", "!=", "=~", "!~")):
+            only = "Operator can be used only with {} fields: " + here
+            if compare is not None:
+                why = only.format("number, size, time or percent")
+            elif re.match("since|after|until|before", self._rest):
+                why = only.format("time")
+            else:
+                why = f"Unrecognised comparison operator: {self._rest}"
+            raise Refused(*selection_help(), why, *self._hint(here))
         if sign in ("=~", "!~"):
+            if field.numeric:
+                incompatible = "incompatible comparison type for selection field"
+                raise Refused(f"dm_report: {incompatible} {field.name}")
+            pattern = self._string(here, "regex", field, REGEX_QUOTES)
+            if not pattern:
+                expected = f"Regular expression expected for selection field {field.name}"
+                raise Refused(expected, *self._hint(here))
             try:
-                re.compile(value)
-            except re.error as error:
-                raise Refused(f"Failed to parse regex: {error}", *self._hint(here)) from error
-            return lambda row: compare(field.value(row), value)
-        if not field.numeric:
-            if sign not in ("=", "!="):
-                raise Refused(
-                    f"Operator {sign} is not for the string field {name}.", *self._hint(here)
-                )
-            return lambda row: compare(field.value(row), value)
-        if not re.fullmatch(r"[0-9]+", value):
-            raise Refused(
-                f"Failed to parse numeric value for selection field {name}.", *self._hint(here)
-            )
-        return lambda row: compare(field.value(row), int(value))
+                re.compile(pattern)
+            except re.error as failure:
+                raise Refused(f"Failed to parse regex: {failure}", *self._hint(here)) from failure
+            return lambda row: compare(field.value(row), pattern)
+        value = self._number(here, field) if field.numeric else self._string(here, "string", field)
+        return lambda row: compare(field.value(row), value)
+
+    def _string(
+        self, here: str, kind: str, field: Field, quotes: dict[str, str] = STRING_QUOTES
+    ) -> str:
+        end = quotes.get(self._rest[:1])
+        if end is None:
+            plain = re.match(r"(?:(?!&&|\|\|)[^\s,#)])*", self._rest)
+            assert plain
+            self._rest = self._rest[plain.end() :]
+            return plain[0]
+        value, found, self._rest = self._rest[1:].partition(end)
+        if not found:
+            failed = f"Failed to parse {kind} value for selection field {field.name}."
+            raise Refused("Missing end quote.", failed, *self._hint(here))
+        return value
+
+    def _number(self, here: str, field: Field) -> int:
+        found = re.match(r"([0-9]+)[0-9.]*([bskmgtpe]?)", self._rest, re.IGNORECASE)
+        if found and not found[2]:
+            self._rest = self._rest[found.end() :]
+            return int(found[1])
+        why = "Found size unit specifier but numeric value expected" if found else ""
+        why = f"{why or 'Failed to parse numeric value'} for selection field {field.name}."
+        raise Refused(why, *self._hint(here))
 
     @staticmethod
     def _hint(text: str) -> tuple[str, str]:
