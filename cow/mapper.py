@@ -571,7 +571,7 @@ def _remove_weakly(mapper: weakref.ref[Mapper], device: Device) -> None:
 def _users(device: Device) -> str:
     names = [str(table.targets[0].device) for table in device.holders]
     if device.files:
-        names.append(f"{device.files} open files")
+        names.append(f"{device.files} open file{'s' * (device.files > 1)}")
     return ", ".join(names)
 
 

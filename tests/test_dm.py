@@ -294,6 +294,22 @@ def test_concise_with_names_makes_the_same_devices_again(dm, images, mapper):
     assert (dm.out("info", "-c"), dm.out("table")) == before
 
 
+def test_names_are_printed_as_they_are_whatever_the_locale(dm):
+    dm.out("create", "ümlaut", "-n")
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = [sys.executable, "-P", "-m", "cow", "dm", "ls"]
+    done = subprocess.run(
+        program, env=os.environ | ascii_only, capture_output=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ümlaut\t(254:0)\n".encode(), b"")
+
+
+def test_stdin_that_is_closed_is_empty(dm, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(["create", "a"]) == 0
+    assert dm.out("table", "a") == "\n"
+
+
 def test_the_socket_can_be_named(dm, monkeypatch):
     path = os.environ["COW_SOCKET"]
     monkeypatch.setenv("COW_SOCKET", "/nowhere")

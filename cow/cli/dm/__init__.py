@@ -93,7 +93,7 @@ VERBS: dict[str, DmVerb] = {
         change.create,
     ),
     "remove": DmVerb("[--deferred] [-f|--force] [--retry] <device>...", 0, None, 2, change.remove),
-    "remove_all": DmVerb("[-f|--force]", 0, 0, 0, change.remove_all),
+    "remove_all": DmVerb("[--deferred] [-f|--force]", 0, 0, 0, change.remove_all),
     "suspend": DmVerb("[--noflush] [--nolockfs] <device>...", 0, None, 2, change.simple("suspend")),
     "resume": DmVerb("[--noflush] [--nolockfs] <device>...", 0, None, 2, change.simple("resume")),
     "load": DmVerb("<device> [<table_file>]", 0, 2, 0, change.load),
@@ -257,4 +257,5 @@ def _in_main(options: argparse.Namespace) -> int:
     raise AssertionError(f"cow dm is run before the parser: {options}")
 
 
-VERB = Verb("dm", "dmsetup's command line for them", lambda parser: None, _in_main)
+HELP = "dmsetup's command line for the devices of cow serve"
+VERB = Verb("dm", HELP, lambda parser: None, _in_main)

@@ -225,6 +225,8 @@ def atoi(text: str) -> int:
 
 def read_file(path: str | None) -> str:
     """Return what a file, or stdin, holds."""
+    if path is None and sys.stdin is None:  # closed
+        return ""
     if path is None:
         return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     try:
