@@ -27,12 +27,14 @@ NAMES = {
     "S": "select", "u": "uuid", "U": "uid", "v": "verbose", "y": "yes",
 }  # fmt: skip
 LONG = (
-    "addnodeoncreate addnodeonresume checks columns concise deferred force gid= help inactive json "
-    "major= manglename= minor= mode= nameprefixes names noflush noheadings nolockfs noopencount "
+    "addnodeoncreate addnodeonresume checks columns concise deferred force gid= help inactive "
+    "major= manglename= minor= mode= nameprefixes noflush noheadings nolockfs noopencount "
     "notable noudevrules noudevsync options= readahead= readonly retry rows select= separator= "
-    "setuuid showkeys socket= sort= table= target= tree udevcookie= uid= unbuffered unquoted uuid= "
+    "setuuid showkeys sort= table= target= tree udevcookie= uid= unbuffered unquoted uuid= "
     "verbose verifyudev version yes"
 ).split()
+ADDED = ("json", "names", "socket=")
+"""Options that dmsetup does not have."""
 
 USAGE = """\
 Usage:
@@ -156,9 +158,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[dict[str, str], int, list[str]]:
-    """Take a command line apart: options anywhere, long ones cut short, as getopt_long does."""
+    """Take a command line apart: options anywhere, long ones cut short, as getopt_long does.
+
+    What dmsetup does not have is not cut short, so that all the rest can be as there.
+    """
+    whole = {word.partition("=")[0] for word in argv}
+    added = [name for name in ADDED if f"--{name.removesuffix('=')}" in whole]
     try:
-        found, args = getopt.gnu_getopt(list(argv), SHORT, LONG)
+        found, args = getopt.gnu_getopt(list(argv), SHORT, LONG + added)
     except getopt.GetoptError as failure:
         raise Refused(f"{PROGRAM}: {_getopt_text(failure)}") from failure
     options: dict[str, str] = {}
