@@ -7,7 +7,7 @@ TSAN := LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66
 
 # Those with threads in them; the sanitizer is slow, and the others have one thread.
 THREADED := $(addprefix tests/test_,$(addsuffix .py,threads vectors lifecycle device_io model \
-	rewrites suspended mirror nbd nbd_protocol fuse daemon lvm_snapshots))
+	rewrites suspended mirror nbd nbd_protocol fuse fuse_protocol daemon lvm_snapshots))
 FUZZ := $(patsubst fuzz/fuzz_%.py,%,$(wildcard fuzz/fuzz_*.py))
 FUZZ_SECONDS ?= 60
 FUZZER = PYTHONPATH='$(CURDIR)/build/fuzz/lib' \
