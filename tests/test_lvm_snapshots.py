@@ -545,7 +545,8 @@ def test_a_damaged_store_is_not_merged_while_it_is_not_active(vg):
     assert vg.metadata.seqno == seqno
 
 
-def test_a_store_on_a_mirror_is_merged_at_the_next_activation(vg):
+def test_a_mirror_becomes_no_store_but_one_that_is_there_is_merged(vg):
+    """The real LVM refuses it too: "does not accept LV type mirror"."""
     with vg.change("lvcreate --type mirror") as new:
         mirror = new.new_lv("s")
         segment = Segment(0, 4, "mirror", region_size=128)
@@ -554,8 +555,11 @@ def test_a_store_on_a_mirror_is_merged_at_the_next_activation(vg):
             leg.segments.append(Segment(0, 4, "striped", areas=[Area(new.pvs[number], 100)]))
             segment.areas.append(Area(leg, 0))
         mirror.segments.append(segment)
-    vg.attach_snapshot("org", "s")
+    with pytest.raises(lvm.LVMError, match="vg/s does not accept LV type mirror"):
+        vg.attach_snapshot("org", "s")
     vg.deactivate()
+    with vg.change("by another program") as new:
+        snapshot_record.attach(new.lv("org"), new.lv("s"), 8)
     vg.activate()
     vg.device("s").pwrite(b"m" * 10_000, 0)
     vg.deactivate()

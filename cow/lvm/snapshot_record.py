@@ -155,7 +155,7 @@ def check_attach(origin: LogicalVolume, cow: LogicalVolume, chunk_size: int) -> 
     if not cow.visible or "LOCKED" in cow.status:
         raise LVMError(f"Command not permitted on LV {cow}.")
     for segment in cow.segments:
-        if segment.type not in ("striped", "mirror") or not segment.runnable:
+        if segment.type != "striped" or not segment.runnable:
             raise LVMError(
                 f"Command on LV {cow} does not accept LV type {segment.type_text}.\n"
                 f"Command not permitted on LV {cow}."
