@@ -381,6 +381,8 @@ def test_a_merge_says_what_lvm_says(vg):
         'Logical volume "s" successfully removed.',
     ]
     assert content(vg, "org") == expected
+    vg.wait_merge("org")  # there is none any more
+    assert len(said) == 4
 
 
 @pytest.mark.parametrize(("opened", "what"), [("org", "origin"), ("s", "snapshot")])
@@ -506,6 +508,7 @@ def test_a_device_that_goes_while_it_is_looked_at_tells_nothing(vg, monkeypatch)
         return status(name)
 
     assert usage_of(vg.activation, vg.lv("s")) is not None
+    assert usage_of(vg.activation, vg.lv("org")) is None
     monkeypatch.setattr(vg.mapper, "status", too_late)
     assert usage_of(vg.activation, vg.lv("s")) is None
 
@@ -569,6 +572,8 @@ def test_a_mirror_becomes_no_store_but_one_that_is_there_is_merged(vg):
     vg.activate()
     vg.wait_merge("org")
     assert content(vg, "org")[:10_000] == b"m" * 10_000
+    assert [lv.name for lv in vg.metadata.lvs] == ["org"]
+    assert vg.mapper.names() == ["vg-org"]
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -159,8 +159,9 @@ class Activation:
         names = self.names()
         order = _removal_order(self, lv)
         prefixes = [f"LVM-{lv.vg.id}{each.id}" for each in (lv, *_stores(lv))]
-        order += [uuid for uuid in names if uuid.startswith(tuple(prefixes))]
-        for uuid in dict.fromkeys(order):
+        left = [uuid for uuid in names if uuid.startswith(tuple(prefixes)) and uuid not in order]
+        # The layer of a store that was split off stands on the same devices as the LV itself.
+        for uuid in dict.fromkeys([*order[:1], *left, *order[1:]]):
             if uuid in names:
                 self._remove(names[uuid])
 
