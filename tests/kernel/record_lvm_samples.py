@@ -45,9 +45,33 @@ SAMPLES = {
     "k_ignored": (3, "pvcreate --metadatacopies 0 DISK1; pvcreate --metadataignore y DISK2;"
                      " pvcreate --metadatacopies 2 DISK3;"
                      " vgcreate -s 256k vgk DISK1 DISK2 DISK3; lvcreate -y -i3 -l 12 -n lv vgk"),
+    "l_kinds": (4, "pvcreate --dataalignment 64k --metadatasize 124k DISK1;"
+                   " pvcreate --metadatacopies 0 DISK2 DISK3 DISK4;"
+                   " vgcreate -s 64k vgl DISK1 DISK2 DISK3 DISK4;"
+                   " lvcreate -y --type thin-pool -L 2m -c 128k -Zn --discards nopassdown -n pool"
+                   " vgl DISK1; lvcreate -y -V 3m -T vgl/pool -n thin;"
+                   " lvcreate -y -s vgl/thin -n copy; lvcreate -y -s -L 1m -n thick vgl/thin;"
+                   " lvcreate -y -L 1m -n ext vgl; lvchange -an vgl/ext; lvchange -p r vgl/ext;"
+                   " lvcreate -y -s vgl/ext --thinpool vgl/pool -n based;"
+                   " lvcreate -y --type raid1 -m1 --raidintegrity y -L 1m -n sum vgl DISK3 DISK4;"
+                   " lvcreate -y --type raid1 -m1 -L 1m -n one vgl DISK1 DISK2;"
+                   " lvchange --writemostly DISK2 vgl/one;"
+                   " lvcreate -y --type raid5_n -i2 -L 1m -n five vgl;"
+                   " lvcreate -y --type raid6 -i3 -L 1m --alloc anywhere -n six vgl;"
+                   " lvcreate -y --type raid10 -i2 -m1 -L 1m -n ten vgl;"
+                   " lvcreate -y --type raid0_meta -i2 -L 1m -n zero vgl;"
+                   " lvcreate -y -L 1m -n slow vgl; lvcreate -y --type cache-pool -L 1m"
+                   " --cachemode writeback -n fast vgl;"
+                   " lvconvert -y --type cache --cachepool vgl/fast vgl/slow;"
+                   " lvcreate -y -s -L 1m -n slowsnap vgl/slow;"
+                   " lvcreate -y --type cache-pool -L 1m -n unused vgl;"
+                   " lvcreate -y -an -Zn -L 1m -n ws vgl; lvcreate -y -an -Zn -L 4m -n wf vgl;"
+                   " lvconvert -y --type writecache --cachevol vgl/wf vgl/ws;"
+                   " lvcreate -y --type zero -L 1m -n nil vgl;"
+                   " lvcreate -y -s -L 1m -n nils vgl/nil"),
 }  # fmt: skip
 """Sample: how many disks, and the commands that make it."""
-LISTED = ("i_raid", "j_cache")
+LISTED = ("i_raid", "j_cache", "l_kinds")
 """Those whose LVs cannot be run here: only the metadata is kept."""
 FIRST_EXTENT = 1 << 20
 MODULES = """
@@ -56,10 +80,11 @@ MODULES = """
     for name in crypto/xor lib/raid6/raid6_pq $tx/async_tx $tx/async_memcpy $tx/async_xor \\
         $tx/async_pq $tx/async_raid6_recov $md/dm-log $md/dm-region-hash $md/dm-mirror \\
         $md/dm-bio-prison $md/persistent-data/dm-persistent-data $md/dm-cache $md/dm-cache-smq \\
-        $md/md-mod $md/raid0 $md/raid1 $md/raid10 $md/raid456 $md/dm-raid
+        $md/md-mod $md/raid0 $md/raid1 $md/raid10 $md/raid456 $md/dm-raid $md/dm-thin-pool \\
+        $md/dm-writecache $md/dm-integrity
     do insmod $name.ko; done 2>/dev/null; true
 """
-CHECKS = 'global { cache_check_executable = "" '
+CHECKS = 'global { cache_check_executable = "" thin_check_executable = "" '
 
 
 def make(kernel: Kernel, folder: Path, sample: str) -> None:

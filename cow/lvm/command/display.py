@@ -8,13 +8,23 @@ from collections.abc import Iterator, Sequence
 from cow.lvm.allocation import free_areas
 from cow.lvm.command import reports
 from cow.lvm.command.command import Command
+from cow.lvm.command.maps import map_lines
 from cow.lvm.cow_size import shown_percent
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, Segment, VolumeGroupMetadata
 from cow.lvm.names import dashed_id
 from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
-from cow.lvm.report.traits import cow_stores, is_partial, read_ahead_in_use
+from cow.lvm.report.traits import (
+    cow_stores,
+    first_type,
+    has_fixed_minor,
+    has_link,
+    hidden_origin,
+    is_partial,
+    is_pool,
+    read_ahead_in_use,
+)
 from cow.lvm.report.values_pv import (
     device_sectors,
     pv_free_sectors,
@@ -49,7 +59,7 @@ def lvdisplay(command: Command) -> None:
             else:
                 command.print("\n".join(_lv_lines(command, lv)))
                 if command.options.has("maps"):
-                    command.print("\n".join(_map_lines(command, lv)))
+                    command.print("\n".join(map_lines(command, lv)))
 
 
 def _lv_colons(command: Command, lv: LogicalVolume) -> str:
@@ -58,14 +68,14 @@ def _lv_colons(command: Command, lv: LogicalVolume) -> str:
     fields = [
         f"/dev/{lv}",
         lv.vg.name,
-        3 if lv.writable else 5,
+        (3 if lv.writable else 1) | (4 if device and device.info.readonly else 0),
         int(active),
         -1,
         device.info.open_count if device else 0,
         lv.sectors,
         lv.extent_count,
         -1,
-        0,
+        2 if lv.allocation_policy == "contiguous" else 0,
         max(lv.read_ahead, 0) if lv.read_ahead else -1,
         device.info.major if device else -1,
         device.info.minor if device else -1,
@@ -77,8 +87,9 @@ def _lv_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
     live = command.live
     device = live.device(lv)
     yield "--- Logical volume ---"
-    if lv.visible:
+    if has_link(lv):
         yield f"LV Path                /dev/{lv}"
+    if lv.visible:
         yield f"LV Name                {lv.name}"
     else:
         yield f"Internal LV Name       {lv.name}"
@@ -87,18 +98,24 @@ def _lv_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
     yield f"LV Write Access        {_access(lv, device)}"
     yield f"LV Creation host, time {lv.creation_host or ''}, {_time(lv.creation_time)}"
     yield from _snapshot_lines(command, lv)
+    yield from _pool_lines(lv)
     if live.known:
         yield f"LV Status              {_status(lv, device)}"
     if device is not None:
         yield f"# open                 {device.info.open_count}"
     yield from _size_lines(command, lv)
+    yield from _mirror_lines(lv)
     yield f"Segments               {len(lv.segments)}"
     yield f"Allocation             {lv.allocation_policy or 'inherit'}"
     ahead = max(lv.read_ahead, 0) if lv.read_ahead else "auto"
     yield f"Read ahead sectors     {ahead}"
+    if device is not None and read_ahead_in_use(lv) != ahead:
+        yield f"- currently set to     {read_ahead_in_use(lv)}"
+    if has_fixed_minor(lv):
+        if lv.major is not None and lv.major >= 0:
+            yield f"Persistent major       {lv.major}"
+        yield f"Persistent minor       {lv.minor}"
     if device is not None:
-        if read_ahead_in_use(lv) != ahead:
-            yield f"- currently set to     {read_ahead_in_use(lv)}"
         yield f"Block device           {device.info.major}:{device.info.minor}"
     yield " "
 
@@ -141,6 +158,30 @@ def _snapshot_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
         yield (f"LV snapshot status     {state} destination for {origin.name if origin else ''}")
 
 
+def _pool_lines(lv: LogicalVolume) -> Iterator[str]:
+    """Yield what a pool consists of, and what a thin LV or the origin of a cache belongs to."""
+    extra = lv.segments[0].extra if lv.segments else {}
+    if is_pool(lv):
+        yield f"LV Pool metadata       {extra.get('metadata', '')}"
+        yield f"LV Pool data           {extra.get('pool') or extra.get('data', '')}"
+    elif first_type(lv) == "thin":
+        yield f"LV Pool name           {extra.get('thin_pool', '')}"
+        if "origin" in extra:
+            yield f"LV Thin origin name    {extra['origin']}"
+        if "external_origin" in extra:
+            yield f"LV External origin name {extra['external_origin']}"
+    elif hidden_origin(lv) == "cache":
+        for user in lv.users:
+            yield f"LV origin of Cache LV  {user.name}"
+
+
+def _mirror_lines(lv: LogicalVolume) -> Iterator[str]:
+    if first_type(lv) == "mirror":
+        yield f"Mirrored volumes       {len(lv.segments[0].areas)}"
+    elif first_type(lv) in ("raid1", "raid10"):
+        yield f"Mirrored volumes       {lv.segments[0].extra.get('device_count', 0)}"
+
+
 def _size_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
     record = lv.snapshot
     if record is None:
@@ -156,38 +197,6 @@ def _size_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
     if usage is not None and not usage.problem:
         yield f"Allocated to snapshot  {shown_percent(usage.percent):.2f}%"
     yield f"Snapshot chunk size    {command.size(record.segments[0].chunk_size)}"
-
-
-def _map_lines(command: Command, lv: LogicalVolume) -> Iterator[str]:
-    yield "--- Segments ---"
-    for segment in lv.segments:
-        kind = "Logical" if segment.areas else "Virtual"
-        yield f"{kind} extents {segment.start_extent} to {segment.end_extent - 1}:"
-        yield from _segment_lines(command, segment)
-        yield " "
-    yield " "
-
-
-def _segment_lines(command: Command, segment: Segment) -> Iterator[str]:
-    linear = segment.type == "striped" and len(segment.areas) == 1
-    yield f"  Type\t\t{'linear' if linear else segment.type_text}"
-    if linear:
-        yield from _area_lines(segment, 0, "  ")
-    elif segment.areas:
-        if segment.type == "striped":
-            yield f"  Stripes\t\t{len(segment.areas)}"
-            yield f"  Stripe size\t\t{command.size(segment.stripe_size)}"
-        for index in range(len(segment.areas)):
-            yield f"  {'Stripe' if segment.type == 'striped' else 'Mirror'} {index}:"
-            yield from _area_lines(segment, index, "    ")
-
-
-def _area_lines(segment: Segment, index: int, indent: str) -> Iterator[str]:
-    area = segment.areas[index]
-    kind = "Physical" if isinstance(area.of, PhysicalVolume) else "Logical"
-    name = str(area.of) if isinstance(area.of, PhysicalVolume) else area.of.name
-    yield f"{indent}{kind} volume\t{name}"
-    yield f"{indent}{kind} extents\t{area.start} to {area.start + segment.area_extents - 1}"
 
 
 def lvscan(command: Command) -> None:

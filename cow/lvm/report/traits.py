@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Final
 
 from cow.lvm.cow_size import Usage
-from cow.lvm.metadata import LogicalVolume, PhysicalVolume, segment_lvs
+from cow.lvm.metadata import LogicalVolume, PhysicalVolume, Segment, segment_lvs
 from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
 from cow.lvm.tables import REAL
@@ -20,7 +20,13 @@ MIN_READ_AHEAD: Final = 256
 """Sectors that a device without stripes reads ahead."""
 
 THIN: Final = ("thin", "thin-pool")
+CACHES: Final = ("cache", "writecache")
 VIRTUAL: Final = ("zero", "error")
+NAMED_LAYOUTS: Final = (
+    *("raid5_la", "raid5_ra", "raid5_ls", "raid5_rs"),
+    *("raid6_zr", "raid6_nr", "raid6_nc"),
+)
+"""Layouts of raid that have names of their own in lv_layout."""
 
 
 def first_type(lv: LogicalVolume) -> str:
@@ -38,6 +44,11 @@ def is_pool(lv: LogicalVolume) -> bool:
     return first_type(lv) in ("thin-pool", "cache-pool", "vdo-pool")
 
 
+def has_link(lv: LogicalVolume) -> bool:
+    """Tell whether an LV has a name in /dev/VG."""
+    return lv.visible and first_type(lv) not in ("thin-pool", "vdo-pool")
+
+
 def parent(lv: LogicalVolume) -> LogicalVolume | None:
     """Return the LV that a hidden LV is a part of."""
     if lv.visible or lv.is_cow or lv.is_origin:
@@ -48,6 +59,8 @@ def parent(lv: LogicalVolume) -> LogicalVolume | None:
 def role_of_part(lv: LogicalVolume) -> str:
     """Return image, metadata, log, data … for the hidden LVs that are named after another."""
     for part, role in (
+        ("_imeta", "metadata"),
+        ("_iorig", ""),
         ("_rimage", "image"),
         ("_mimage", "image"),
         ("_rmeta", "metadata"),
@@ -75,9 +88,18 @@ def origin_of(lv: LogicalVolume) -> LogicalVolume | None:
         return record.segments[0].origin
     for segment in lv.segments:
         name = segment.extra.get("origin") or segment.extra.get("external_origin")
-        if segment.type in ("thin", "cache") and isinstance(name, str):
+        if segment.type in ("thin", "integrity", *CACHES) and isinstance(name, str):
             return lv.vg.find_lv(name)
     return None
+
+
+def thin_snapshots(lv: LogicalVolume, key: str = "origin") -> list[LogicalVolume]:
+    """Return the thin LVs that are snapshots of an LV; `key` "external_origin": based on it."""
+    return [
+        each
+        for each in lv.users
+        if first_type(each) == "thin" and each.segments[0].extra.get(key) == lv.name
+    ]
 
 
 def is_cache_volume(lv: LogicalVolume) -> bool:
@@ -85,8 +107,26 @@ def is_cache_volume(lv: LogicalVolume) -> bool:
     return lv.name.endswith("_cvol") and not lv.visible
 
 
-def _is_cache_origin(lv: LogicalVolume) -> bool:
-    return "_corig" in lv.name and not lv.visible
+def hidden_origin(lv: LogicalVolume) -> str:
+    """Return what a hidden LV is the origin of: a cache, a writecache, integrity; or nothing."""
+    if not lv.visible:
+        for part, kind in (
+            ("_wcorig", "writecache"),
+            ("_corig", "cache"),
+            ("_iorig", "integrity"),
+        ):
+            if part in lv.name:
+                return kind
+    return ""
+
+
+def integrity(lv: LogicalVolume) -> Segment | None:
+    """Return the integrity segment of an LV, or of the first image of a raid."""
+    names = lv.segments[0].extra.get("raids") if is_raid(lv) else None
+    image = lv.vg.find_lv(str(names[1])) if isinstance(names, list) and len(names) > 1 else lv
+    if image is not None and first_type(image) == "integrity":
+        return image.segments[0]
+    return None
 
 
 def named_lv(lv: LogicalVolume, *keys: str) -> LogicalVolume | None:
@@ -99,6 +139,22 @@ def named_lv(lv: LogicalVolume, *keys: str) -> LogicalVolume | None:
     return None
 
 
+def pool_of(lv: LogicalVolume) -> LogicalVolume | None:
+    """Return the pool, or the fast volume, that an LV uses."""
+    return named_lv(lv, "thin_pool", "cache_pool", "writecache")
+
+
+def thin_lvs_of(pool: LogicalVolume) -> list[LogicalVolume]:
+    """Return the thin LVs of a pool."""
+    return [each for each in pool.users if named_lv(each, "thin_pool") is pool]
+
+
+def cache_settings(segment: Segment, lv: LogicalVolume | None) -> Segment:
+    """Return the segment that tells how a cache works: that of its pool, if it has one."""
+    pool = named_lv(lv, "cache_pool") if lv is not None and segment.type == "cache" else None
+    return pool.segments[0] if pool is not None and is_pool(pool) else segment
+
+
 def cow_stores(lv: LogicalVolume) -> list[LogicalVolume]:
     """Return the snapshots of an origin in the order of their records."""
     return [store for each in lv.snapshots if (store := each.segments[0].cow) is not None]
@@ -107,20 +163,23 @@ def cow_stores(lv: LogicalVolume) -> list[LogicalVolume]:
 def ancestors(lv: LogicalVolume) -> Iterator[LogicalVolume]:
     """Yield what the LV is a snapshot of, and what that is one of."""
     seen = {lv}
-    above = origin_of(lv)
-    while above is not None and above not in seen:
+    above: LogicalVolume | None = lv
+    while above is not None and (above.is_cow or first_type(above) == "thin"):
+        above = origin_of(above)
+        if above is None or above in seen:
+            return
         yield above
         seen.add(above)
-        above = origin_of(above)
 
 
 def descendants(lv: LogicalVolume) -> Iterator[LogicalVolume]:
-    """Yield the snapshots of an LV that have a COW store, and theirs."""
+    """Yield the snapshots of an LV that have a COW store, or else the thin ones, and theirs."""
     seen = {lv}
     left = [lv]
     while left:
         above = left.pop(0)
-        for below in cow_stores(above):
+        thin = thin_snapshots(above) + thin_snapshots(above, "external_origin")
+        for below in cow_stores(above) or thin:
             if below not in seen:
                 seen.add(below)
                 left.append(below)
@@ -132,6 +191,9 @@ def virtual_sectors(lv: LogicalVolume) -> int | None:
     record = lv.snapshot
     if record is not None:
         return record.segments[0].extent_count * lv.vg.extent_size
+    if first_type(lv) == "thin" and "external_origin" in lv.segments[0].extra:
+        above = origin_of(lv)
+        return above.sectors if above is not None else None
     return lv.sectors if lv.is_origin else None
 
 
@@ -147,7 +209,7 @@ def layout(lv: LogicalVolume) -> list[str]:
     """Return how an LV is laid out: linear, striped, mirror …"""
     kind = first_type(lv)
     if is_cache_volume(lv):
-        return ["cache", "cachevol"]
+        return [_family(lv) or "cache", "cachevol"]
     if kind == "striped":
         return ["striped" if len(lv.segments[0].areas) > 1 else "linear"]
     if kind == "thin":
@@ -155,17 +217,23 @@ def layout(lv: LogicalVolume) -> list[str]:
     if kind in ("thin-pool", "cache-pool", "vdo-pool"):
         return [kind.removesuffix("-pool"), "pool"]
     if kind in VIRTUAL:
-        return ["virtual"] if not lv.visible else ["unknown"]
+        return ["virtual"] if is_virtual_origin(lv) else ["unknown"]
     if kind.startswith("raid"):
         level = kind.split("_")[0]
         usual = {"raid5": "raid5_ls", "raid6": "raid6_zr"}.get(kind, kind)
-        return ["raid", level] if level in (usual, "raid0") else ["raid", level, usual]
+        found = ["raid", *([level] if kind != "raid0_meta" else [])]
+        return found + ([usual] if usual in NAMED_LAYOUTS else [])
     return [kind] if lv.segments and lv.segments[0].known else ["unknown"]
+
+
+def is_virtual_origin(lv: LogicalVolume) -> bool:
+    """Tell whether an LV without extents is there for its snapshots."""
+    return first_type(lv) in VIRTUAL and (lv.is_origin or not lv.visible)
 
 
 def role(lv: LogicalVolume) -> list[str]:
     """Return what an LV is there for: public or private, origin, snapshot …"""
-    public = (lv.visible and not is_pool(lv)) or lv.is_cow
+    public = (lv.visible and not is_pool(lv) and not is_virtual_origin(lv)) or lv.is_cow
     found = ["public" if public else "private"]
     kind = first_type(lv)
     part = role_of_part(lv)
@@ -177,13 +245,16 @@ def role(lv: LogicalVolume) -> list[str]:
         elif family:
             found.append("raid" if family.startswith("raid") else family)
         found.append(part)
-    if _is_cache_origin(lv):
-        found += ["cache", "origin", "cacheorigin"]
-    thin = [e for e in lv.vg.lvs if first_type(e) == "thin" and origin_of(e) is lv]
-    if thin or lv.is_origin:
+    if above_kind := hidden_origin(lv):
+        found += [above_kind, "origin", f"{above_kind}origin"]
+    thin = thin_snapshots(lv)
+    based = thin_snapshots(lv, "external_origin")
+    if thin or based or lv.is_origin:
         found.append("origin")
     if thin:
         found += ["thinorigin", *(["multithinorigin"] if len(thin) > 1 else [])]
+    if based:
+        found += ["extthinorigin", *(["multiextthinorigin"] if len(based) > 1 else [])]
     if lv.is_origin:
         found += ["thickorigin", *(["multithickorigin"] if len(lv.snapshots) > 1 else [])]
     if lv.is_cow:
@@ -204,8 +275,13 @@ def modules(lv: LogicalVolume) -> list[str]:
             found.append("raid")
         elif segment.type in ("cache", "cache-pool"):
             found.append("cache")
+        elif segment.type in ("writecache", "integrity"):
+            found.append(segment.type)
+    if "raid" in found and integrity(lv) is not None:
+        found.insert(0, "integrity")
     if lv.is_origin or lv.is_cow:
-        found.insert(len(found) if found[:1] in (["mirror"], ["raid"]) else 0, "snapshot")
+        first = found[:1] in (["mirror"], ["raid"], ["cache"])
+        found.insert(len(found) if first else 0, "snapshot")
     return found
 
 
@@ -246,7 +322,7 @@ def attributes(row: Row) -> str:
             "X" if not row.live.known else "o" if device and device.info.open_count else "-",
             _target_letter(lv),
             "z" if zeroes(lv) else "-",
-            "p" if is_partial(lv) else "-",
+            "p" if is_partial(lv) else "w" if "WRITEMOSTLY" in lv.status else "-",
             "k" if "ACTIVATION_SKIP" in lv.flags else "-",
         )
     )
@@ -259,22 +335,23 @@ def _type_letter(row: Row, lv: LogicalVolume) -> str:
     letters = (
         ("O", lv.merging_snapshot is not None),
         ("p", "PVMOVE" in lv.status),
-        ("o", lv.is_origin or _is_external_origin(lv)),
+        ("o", lv.is_origin or bool(thin_snapshots(lv, "external_origin"))),
         ("e", part in ("metadata", "spare")),
         ("T", part == "data" and above is not None and first_type(above) == "thin-pool"),
         ("C", part == "data"),
         ("R" if "NOTSYNCED" in lv.status else "r", is_raid(lv)),
         ("M" if "NOTSYNCED" in lv.status else "m", kind == "mirror"),
         ("V", kind == "thin"),
+        ("g", kind == "integrity"),
         ("v", kind in VIRTUAL or not all(segment.known for segment in lv.segments)),
         ("t", kind == "thin-pool"),
-        ("C", kind in ("cache", "cache-pool", "writecache") or is_cache_volume(lv)),
+        ("C", kind in ("cache-pool", *CACHES) or is_cache_volume(lv)),
         ("d", kind == "vdo-pool"),
         ("v", kind == "vdo"),
         ("i" if image_is_synced(row) else "I", part == "image"),
         ("l", part == "log"),
         ("S" if is_merging(lv) else "s", lv.is_cow),
-        ("o", _is_cache_origin(lv)),
+        ("o", hidden_origin(lv) in CACHES),
     )
     return next((letter for letter, is_it in letters if is_it), "-")
 
@@ -312,7 +389,7 @@ def _target_letter(lv: LogicalVolume) -> str:
     kind = first_type(lv)
     if kind in THIN:
         return "t"
-    if kind in ("cache", "cache-pool", "writecache") or _family(lv) == "cache":
+    if kind in ("cache-pool", *CACHES) or _family(lv) in CACHES:
         return "C"
     in_raid = _family(lv).startswith("raid") and role_of_part(lv) in ("image", "metadata")
     if is_raid(lv) or in_raid:
@@ -329,15 +406,6 @@ def _target_letter(lv: LogicalVolume) -> str:
 def _family(lv: LogicalVolume) -> str:
     above = parent(lv)
     return first_type(above) if above is not None else ""
-
-
-def _is_external_origin(lv: LogicalVolume) -> bool:
-    return any(
-        segment.extra.get("external_origin") == lv.name
-        for each in lv.vg.lvs
-        for segment in each.segments
-        if segment.type == "thin"
-    )
 
 
 def is_merging(lv: LogicalVolume) -> bool:

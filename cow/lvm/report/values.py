@@ -16,14 +16,18 @@ from cow.lvm.names import dashed_id, dm_name
 from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
 from cow.lvm.report.traits import (
+    CACHES,
     THIN,
     VIRTUAL,
     ancestors,
     attributes,
+    cache_settings,
     descendants,
     first_type,
     has_fixed_minor,
+    has_link,
     image_is_synced,
+    integrity,
     is_merging,
     is_partial,
     is_pool,
@@ -33,14 +37,21 @@ from cow.lvm.report.traits import (
     named_lv,
     origin_of,
     parent,
+    pool_of,
     read_ahead_in_use,
     role,
     role_of_part,
     shown_name,
     sync_percent,
+    thin_lvs_of,
     virtual_sectors,
     zeroes,
 )
+
+WITHOUT_PARTS: Final = (*CACHES, "integrity")
+"""Types of LVs that are not said to be the parent of what they stand on."""
+WITH_RESHAPE: Final = ("raid4", "raid5", "raid6", "raid10")
+"""Levels of raid whose layout can be changed, which takes space that is told of."""
 
 Value: TypeAlias = Any
 """What a field holds, as its kind says."""
@@ -53,13 +64,13 @@ def _lv(row: Row) -> LogicalVolume:
 
 
 def _live(row: Row, tell: Callable[[LiveDevice], Value], absent: Value = None) -> Value:
-    device = row.live.device(_lv(row))
+    device = row.live.device(row.lv) if row.lv is not None else None
     return absent if device is None else tell(device)
 
 
 def _of_state(row: Row, tell: Callable[[Usage], bool]) -> bool | None:
-    lv = _lv(row)
-    usage = row.live.usage(lv) if lv.is_cow else None
+    lv = row.lv
+    usage = row.live.usage(lv) if lv is not None and lv.is_cow else None
     return None if usage is None else tell(usage)
 
 
@@ -72,37 +83,41 @@ def _name(row: Row, lv: LogicalVolume | None) -> str:
 
 
 def _data_percent(row: Row) -> float | None:
-    usage = row.live.usage(_lv(row))
+    usage = row.live.usage(row.lv) if row.lv is not None else None
     return shown_percent(usage.percent) if usage is not None else None
 
 
 def _shown_parent(lv: LogicalVolume) -> LogicalVolume | None:
-    """Return what a hidden LV is a part of; a cache is not said to be that of what it caches."""
+    """Return what a hidden LV is a part of, if it is one that LVM says that of."""
     above = parent(lv)
-    return None if above is not None and first_type(above) == "cache" else above
+    return None if above is not None and first_type(above) in WITHOUT_PARTS else above
 
 
 def _sync_percent(row: Row) -> float | None:
-    percent = sync_percent(row)
+    percent = sync_percent(row) if row.lv is not None else None
     return shown_percent(percent) if percent is not None else None
 
 
 def _snap_percent(row: Row) -> float | None:
-    return _data_percent(row) if _lv(row).is_cow else None
+    return _data_percent(row) if row.lv is not None and row.lv.is_cow else None
 
 
 def _active(row: Row) -> str:
     if not row.live.known:
         return "unknown"
-    return "active" if row.live.is_active(_lv(row)) else ""
+    return "active" if _is_active(row) else ""
 
 
 def _is_active(row: Row) -> bool | None:
-    return row.live.is_active(_lv(row)) if row.live.known else None
+    if not row.live.known:
+        return None
+    return row.lv is not None and row.live.is_active(row.lv)
 
 
 def _permissions(row: Row) -> str:
-    if not _lv(row).writable:
+    if row.lv is None:
+        return "unknown"
+    if not row.lv.writable:
         return "read-only"
     device = row.live.device(_lv(row))
     if device is None:
@@ -111,16 +126,20 @@ def _permissions(row: Row) -> str:
 
 
 def _read_ahead(row: Row) -> int | str:
-    value = _lv(row).read_ahead
-    return "auto" if not value else "none" if value < 0 else value
+    value = row.lv.read_ahead if row.lv is not None else -1
+    return max(value, 0) if value else "auto"
 
 
 def _kernel_read_ahead(row: Row) -> int | str:
-    return read_ahead_in_use(_lv(row)) if row.live.is_active(_lv(row)) else "-1"
+    return read_ahead_in_use(_lv(row)) if _is_active(row) else "-1"
 
 
 def _health(row: Row) -> str:
-    return "partial" if is_partial(_lv(row)) else ""
+    if row.lv is None:
+        return ""
+    if is_partial(row.lv):
+        return "partial"
+    return "writemostly" if "WRITEMOSTLY" in row.lv.status else ""
 
 
 def _legs(segment: Segment) -> int:
@@ -132,11 +151,38 @@ def _legs(segment: Segment) -> int:
     return count if isinstance(count, int) else 1
 
 
-def _data_legs(segment: Segment) -> int:
+def data_legs(segment: Segment) -> int:
+    """Return over how many legs the data of a segment is spread."""
     if segment.type.startswith("raid10"):
         return _legs(segment) // (_number(segment, "data_copies") or 2)
-    parity = {"raid4": 1, "raid5": 1, "raid6": 2}.get(segment.type.split("_")[0], 0)
+    parity = (_parity_legs(segment) or 0) if _level(segment) != "raid1" else 0
     return max(_legs(segment) - parity, 0)
+
+
+def _level(segment: Segment) -> str:
+    """Return the level of a raid without its layout; nothing of other segments."""
+    return segment.type.split("_")[0] if segment.type.startswith("raid") else ""
+
+
+def _parity_legs(segment: Segment) -> int | None:
+    """Return how many legs can be lost without losing data; None where that is none."""
+    return {"raid1": 1, "raid4": 1, "raid5": 1, "raid6": 2, "raid10": 1}.get(_level(segment))
+
+
+def _copies(segment: Segment) -> int:
+    if segment.type == "raid1":
+        return _legs(segment)
+    return _number(segment, "data_copies") or (_parity_legs(segment) or 0) + 1
+
+
+def _reshape_extents(row: Row) -> int | None:
+    """Return the extents that are kept for a change of layout, of a raid and of its images."""
+    segment, above = row.segment, parent(row.lv) if row.lv is not None else None
+    if segment is not None and role_of_part(_lv(row)) == "image" and above is not None:
+        segment = above.segments[0]
+    if segment is None or _level(segment) not in WITH_RESHAPE:
+        return None
+    return _number(segment, "reshape_count") or 0
 
 
 def _number(segment: Segment, key: str) -> int | None:
@@ -157,7 +203,9 @@ def _chunk_size(row: Row) -> int:
     record = row.lv.snapshot if row.lv is not None else None
     if record is not None:
         return record.segments[0].chunk_size
-    return _number(row.segment, "chunk_size") or 0 if row.segment is not None else 0
+    if row.segment is None:
+        return 0
+    return _number(cache_settings(row.segment, row.lv), "chunk_size") or 0
 
 
 def _ranges(row: Row) -> list[str]:
@@ -173,7 +221,7 @@ def _ranges(row: Row) -> list[str]:
 
 def _part_extents(segment: Segment) -> int:
     """Return the extents of each LV that holds data of a raid, a pool or a cache."""
-    legs = 1 if segment.type == "raid1" else _data_legs(segment)
+    legs = 1 if segment.type == "raid1" else data_legs(segment)
     return segment.extent_count // legs if segment.type.startswith("raid") else segment.extent_count
 
 
@@ -184,10 +232,18 @@ def _pe_ranges(row: Row) -> list[str]:
 
 def _le_ranges(row: Row) -> list[str]:
     """Return the same with hidden LVs in brackets."""
-    vg = _lv(row).vg
-    hidden = {lv.name for lv in vg.lvs if not lv.visible}
+    if row.lv is None:
+        return []
+    hidden = {lv.name for lv in row.lv.vg.lvs if not lv.visible}
     pairs = (each.rpartition(":") for each in _ranges(row))
     return [f"[{name}]:{run}" if name in hidden else f"{name}:{run}" for name, _, run in pairs]
+
+
+def _metadata_le_ranges(row: Row) -> list[str]:
+    """Return the extents of the metadata of a raid, one LV for each leg."""
+    names = _metadata_parts(row.segment) if row.segment is not None else []
+    lvs = [lv for name in names if (lv := _lv(row).vg.find_lv(name)) is not None]
+    return [f"{_name(row, lv)}:0-{lv.extent_count - 1}" for lv in lvs]
 
 
 def _devices(row: Row) -> list[str]:
@@ -207,12 +263,15 @@ def _parts(segment: Segment) -> Iterator[str]:
     raids = segment.extra.get("raids")
     if isinstance(raids, list):
         yield from [str(each) for each in raids[1::2]]
-    if segment.type == "cache" and isinstance(origin := segment.extra.get("origin"), str):
+    origin = segment.extra.get("origin")
+    if segment.type in (*CACHES, "integrity") and isinstance(origin, str):
         yield origin
 
 
 def _discards(row: Row) -> str:
-    lv = _lv(row)
+    lv = row.lv
+    if lv is None:
+        return ""
     pool = lv if is_pool(lv) else named_lv(lv, "thin_pool")
     return str(pool.segments[0].extra.get("discards", "")) if pool is not None else ""
 
@@ -222,12 +281,22 @@ def _area_name(row: Row, area: Area) -> str:
 
 
 def _metadata_devices(row: Row) -> list[str]:
-    segment = row.segment
-    if segment is None:
-        return []
-    raids = segment.extra.get("raids")
-    names = [str(each) for each in raids[::2]] if isinstance(raids, list) else []
+    names = _metadata_parts(row.segment) if row.segment is not None else []
     return [f"{name}(0)" for name in names]
+
+
+def _metadata_parts(segment: Segment) -> list[str]:
+    raids = segment.extra.get("raids")
+    return [str(each) for each in raids[::2]] if isinstance(raids, list) else []
+
+
+def _of_cache(key: str) -> Values:
+    def tell(row: Row) -> str:
+        if row.segment is None:
+            return ""
+        return str(cache_settings(row.segment, row.lv).extra.get(key, ""))
+
+    return tell
 
 
 def _of_segment(tell: Callable[[Segment], Value], absent: Value = None) -> Values:
@@ -236,6 +305,10 @@ def _of_segment(tell: Callable[[Segment], Value], absent: Value = None) -> Value
 
 def _of_lv(tell: Callable[[LogicalVolume], Value], absent: Value = "") -> Values:
     return lambda row: absent if row.lv is None else tell(row.lv)
+
+
+def _named(find: Callable[[LogicalVolume], LogicalVolume | None]) -> Values:
+    return lambda row: "" if row.lv is None else _name(row, find(row.lv))
 
 
 def _seg_extents(row: Row) -> int:
@@ -248,10 +321,12 @@ VALUES: Final[dict[str, Values]] = {
     "lv_uuid": _of_lv(_uuid),
     "lv_name": lambda row: _name(row, row.lv),
     "lv_full_name": _of_lv(str),
-    "lv_path": _of_lv(lambda lv: f"/dev/{lv}" if lv.visible and not is_pool(lv) else ""),
+    "lv_path": _of_lv(lambda lv: f"/dev/{lv}" if has_link(lv) else ""),
     "lv_dm_path": _of_lv(lambda lv: f"/dev/mapper/{dm_name(lv.vg.name, lv.name)}"),
-    "lv_parent": lambda row: _name(row, _shown_parent(_lv(row))),
-    "lv_image_synced": lambda row: role_of_part(_lv(row)) == "image" and image_is_synced(row),
+    "lv_parent": _named(_shown_parent),
+    "lv_image_synced": lambda row: (
+        row.lv is not None and role_of_part(row.lv) == "image" and image_is_synced(row)
+    ),
     "lv_initial_image_sync": _of_lv(
         lambda lv: (is_raid(lv) or first_type(lv) == "mirror") and "NOTSYNCED" not in lv.status
     ),
@@ -284,28 +359,39 @@ VALUES: Final[dict[str, Values]] = {
         None,
     ),
     "seg_count": _of_lv(lambda lv: len(lv.segments), 0),
-    "origin": lambda row: _name(row, origin_of(_lv(row))),
+    "origin": _named(origin_of),
     "origin_uuid": _of_lv(lambda lv: _uuid(origin_of(lv))),
     "origin_size": _of_lv(virtual_sectors, None),
     "lv_ancestors": _of_lv(lambda lv: [each.name for each in ancestors(lv)], []),
     "lv_full_ancestors": _of_lv(lambda lv: [each.name for each in ancestors(lv)], []),
     "lv_descendants": _of_lv(lambda lv: [each.name for each in descendants(lv)], []),
     "lv_full_descendants": _of_lv(lambda lv: [each.name for each in descendants(lv)], []),
-    "raidintegrityblocksize": lambda row: -1,
+    "raidintegritymode": _of_lv(
+        lambda lv: (
+            {"J": "journal", "B": "bitmap"}.get(str(found.extra.get("mode")), "")
+            if (found := integrity(lv)) is not None
+            else ""
+        )
+    ),
+    "raidintegrityblocksize": _of_lv(
+        lambda lv: _number(found, "block_size") if (found := integrity(lv)) is not None else -1, -1
+    ),
     "mirror_log": lambda row: _name(row, row.segment.mirror_log if row.segment else None),
     "mirror_log_uuid": lambda row: _uuid(row.segment.mirror_log if row.segment else None),
-    "data_lv": lambda row: _name(row, named_lv(_lv(row), "pool", "data")),
+    "data_lv": _named(lambda lv: named_lv(lv, "pool", "data")),
     "data_lv_uuid": _of_lv(lambda lv: _uuid(named_lv(lv, "pool", "data"))),
-    "metadata_lv": lambda row: _name(row, named_lv(_lv(row), "metadata")),
+    "metadata_lv": _named(lambda lv: named_lv(lv, "metadata")),
     "metadata_lv_uuid": _of_lv(lambda lv: _uuid(named_lv(lv, "metadata"))),
-    "pool_lv": lambda row: _name(row, named_lv(_lv(row), "thin_pool", "cache_pool")),
-    "pool_lv_uuid": _of_lv(lambda lv: _uuid(named_lv(lv, "thin_pool", "cache_pool"))),
+    "pool_lv": _named(pool_of),
+    "pool_lv_uuid": _of_lv(lambda lv: _uuid(pool_of(lv))),
     "lv_tags": _of_lv(lambda lv: sorted(lv.tags), []),
     "lv_time": _of_lv(lambda lv: lv.creation_time, None),
     "lv_host": _of_lv(lambda lv: lv.creation_host or ""),
     "lv_modules": _of_lv(modules, []),
     "lv_historical": lambda row: False,
-    "writecache_block_size": lambda row: -1,
+    "writecache_block_size": _of_segment(
+        lambda segment: _number(segment, "writecache_block_size") or -1, -1
+    ),
     "lv_kernel_major": lambda row: _live(row, lambda device: device.info.major, -1),
     "lv_kernel_minor": lambda row: _live(row, lambda device: device.info.minor, -1),
     "lv_kernel_read_ahead": _kernel_read_ahead,
@@ -322,11 +408,16 @@ VALUES: Final[dict[str, Values]] = {
     "lv_check_needed": lambda row: None,
     "lv_merge_failed": lambda row: _of_state(row, lambda usage: usage.merge_failed),
     "lv_snapshot_invalid": lambda row: _of_state(row, lambda usage: usage.invalid),
-    "lv_attr": attributes,
+    "lv_attr": lambda row: attributes(row) if row.lv is not None else "",
     "segtype": _segtype,
     "stripes": _of_segment(_legs, 0),
-    "data_stripes": _of_segment(_data_legs, 0),
-    "data_copies": _of_segment(lambda segment: _number(segment, "data_copies") or 1, 0),
+    "data_stripes": _of_segment(data_legs, 0),
+    "reshape_len": lambda row: (
+        None if (extents := _reshape_extents(row)) is None else extents * _lv(row).vg.extent_size
+    ),
+    "reshape_len_le": _reshape_extents,
+    "data_copies": _of_segment(_copies),
+    "parity_chunks": _of_segment(_parity_legs),
     "stripe_size": _of_segment(
         lambda segment: segment.stripe_size or _number(segment, "stripe_size") or 0, 0
     ),
@@ -335,12 +426,17 @@ VALUES: Final[dict[str, Values]] = {
     ),
     "chunk_size": _chunk_size,
     "thin_count": lambda row: (
-        sum(named_lv(lv, "thin_pool") is row.lv for lv in _lv(row).vg.lvs)
+        len(thin_lvs_of(_lv(row)))
         if row.segment is not None and row.segment.type == "thin-pool"
         else None
     ),
     "discards": _discards,
-    "cache_mode": _of_segment(lambda segment: str(segment.extra.get("cache_mode", "")), ""),
+    "cache_metadata_format": lambda row: (
+        None
+        if row.segment is None
+        else _number(cache_settings(row.segment, row.lv), "metadata_format")
+    ),
+    "cache_mode": _of_cache("cache_mode"),
     "zero": lambda row: zeroes(row.lv) if row.lv and first_type(row.lv) in THIN else None,
     "transaction_id": _of_segment(lambda segment: _number(segment, "transaction_id")),
     "thin_id": _of_segment(lambda segment: _number(segment, "device_id")),
@@ -353,8 +449,9 @@ VALUES: Final[dict[str, Values]] = {
     "seg_tags": _of_segment(lambda segment: sorted(segment.tags), []),
     "seg_pe_ranges": _pe_ranges,
     "seg_le_ranges": _le_ranges,
+    "seg_metadata_le_ranges": _metadata_le_ranges,
     "devices": _devices,
     "metadata_devices": _metadata_devices,
     "seg_monitor": lambda row: row.live.monitored(_lv(row)) if row.lv else "",
-    "cache_policy": _of_segment(lambda segment: str(segment.extra.get("policy", "")), ""),
+    "cache_policy": _of_cache("policy"),
 }
