@@ -194,7 +194,7 @@ def reduce_lv(lv: LogicalVolume, extents: int, report: Report = lambda text: Non
         raise LVMError(f"Unable to reduce {lv} below 1 extent.")
     if extents == old:
         raise LVMError(f"New size ({extents} extents) matches existing size ({old} extents).")
-    rounded = _round_reduced(lv, extents)
+    rounded = whole_stripes(lv, extents)
     if rounded != extents:
         report(
             f"Rounding size ({extents} extents) up to stripe boundary size for segment"
@@ -212,7 +212,8 @@ def reduce_lv(lv: LogicalVolume, extents: int, report: Report = lambda text: Non
     lv.segments[-1].extent_count = extents - lv.segments[-1].start_extent
 
 
-def _round_reduced(lv: LogicalVolume, extents: int) -> int:
+def whole_stripes(lv: LogicalVolume, extents: int) -> int:
+    """Return how many extents an LV keeps that is to be reduced to `extents`."""
     for segment in lv.segments:
         if segment.start_extent < extents <= segment.end_extent:
             stripes = max(len(segment.areas), 1)

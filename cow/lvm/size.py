@@ -51,7 +51,7 @@ def parse_size(text: str, default: str = "m") -> int:
         raise SizeError("Size is too big (>=16EiB).")
     if unit == "b" and size % SECTOR_SIZE:
         below = int(size) // SECTOR_SIZE * SECTOR_SIZE
-        tries = f"{below} or {below + SECTOR_SIZE}" if below else str(SECTOR_SIZE)
+        tries = f"{below} or {below + SECTOR_SIZE}"
         raise SizeError(f"Size is not a multiple of {SECTOR_SIZE}. Try using {tries}.")
     return int(size / SECTOR_SIZE)
 

@@ -35,7 +35,7 @@ def check_origin(origin: LogicalVolume, report: Report = lambda text: None) -> N
     if origin.is_cow:
         raise LVMError("Snapshots of snapshots are not supported.")
     if "LOCKED" in origin.status or "PVMOVE" in origin.status:
-        raise LVMError("Snapshots of locked devices are not supported.")
+        raise LVMError("Snapshots of locked volumes are not supported.")
     if origin.merging_snapshot is not None:
         raise LVMError("Snapshots of an origin that has a merging snapshot are not supported.")
     if not origin.visible:

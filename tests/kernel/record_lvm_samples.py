@@ -69,11 +69,20 @@ SAMPLES = {
                    " lvconvert -y --type writecache --cachevol vgl/wf vgl/ws;"
                    " lvcreate -y --type zero -L 1m -n nil vgl;"
                    " lvcreate -y -s -L 1m -n nils vgl/nil"),
+    "m_pvmove": (2, "vgcreate -s 256k vgm DISK1 DISK2; lvcreate -y -L 8m -n org vgm DISK1;"
+                    " lvcreate -y -s -L 2m -n snap vgm/org DISK1;"
+                    " lvcreate -y -l 3 -n lin vgm DISK1; !PVMOVE DISK1"),
 }  # fmt: skip
 """Sample: how many disks, and the commands that make it."""
-LISTED = ("i_raid", "j_cache", "l_kinds")
+LISTED = ("i_raid", "j_cache", "l_kinds", "m_pvmove")
 """Those whose LVs cannot be run here: only the metadata is kept."""
 FIRST_EXTENT = 1 << 20
+PVMOVE = """
+    {settings} lvm pvmove -i 60 {disk} >/dev/null 2>&1 </dev/null &
+    until dmsetup info vgm-pvmove0 >/dev/null 2>&1; do :; done
+    kill -9 $!; dmsetup remove_all -f
+"""
+"""A pvmove that ends before it sees that the copy is done."""
 MODULES = """
     cd /usr/lib/uml/modules/$(uname -r)/kernel
     tx=crypto/async_tx md=drivers/md
@@ -97,7 +106,12 @@ def make(kernel: Kernel, folder: Path, sample: str) -> None:
     for number in range(count):
         commands = commands.replace(f"DISK{number + 1}", f"/dev/ubd{chr(ord('b') + number)}")
     settings = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
-    lines = [f"{settings} lvm {line.strip()}" for line in commands.split(";")]
+    lines = [
+        PVMOVE.format(settings=settings, disk=line.split()[1])
+        if line.startswith("!PVMOVE")
+        else f"{settings} lvm {line}"
+        for line in map(str.strip, commands.split(";"))
+    ]
     stop = f"{settings} lvm vgchange -an"
     steps = [shell(MODULES), shell(START), *map(shell, lines), shell(stop)]
     for line, answer in zip(steps, kernel.run(images, steps), strict=True):

@@ -51,6 +51,8 @@ def activate_vg(command: Command, vg: VolumeGroup, mode: str) -> None:
                 " volume(s)"
             )
             return
+    if mode == "ay" and "NOAUTOACTIVATE" in vg.metadata.flags:
+        return
     lvs = [lv for lv in vg.metadata.lvs if lv.visible and not _goes_with_origin(lv)]
     if wants_active(mode) and vg.idle_reason is not None:
         command.fail(vg.idle_reason)

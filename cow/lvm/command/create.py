@@ -21,6 +21,7 @@ from cow.lvm.size import Amount
 from cow.mapper import MAJOR
 from cow.units import bytes_of
 
+MAX_MINOR = 2**20 - 1
 WIPED = 4096
 """Bytes at the start of a new LV that are zeroed, so that nothing old is found there."""
 
@@ -73,8 +74,10 @@ def _check_options(command: Command, snapshot: bool) -> None:
     for name, needs in (("chunksize", snapshot), ("stripesize", options.has("stripes"))):
         if options.has(name) and not needs:
             raise RequestError(f"Command does not accept option: --{name}.")
-    if options.get("persistent") and not options.has("minor"):
-        raise LVMError("Please specify minor number with --minor when using -My.")
+    if options.get("persistent"):
+        if not options.has("minor"):
+            raise LVMError("Please specify minor number with --minor when using -My.")
+        check_number(command)
 
 
 def _names(command: Command, snapshot: bool) -> tuple[str, str, str | None]:
@@ -334,6 +337,18 @@ def _sparse(
         **size,
         **given,
     )
+
+
+def check_number(command: Command) -> None:
+    """Refuse a minor number that no device can have; the major one is device-mapper's."""
+    minor, major = command.options["minor"], command.options.get("major", MAJOR)
+    if minor > MAX_MINOR:
+        raise LVMError(f"Minor number {minor} outside range 0-{MAX_MINOR}.")
+    if major != MAJOR:
+        command.warn(
+            f"WARNING: Ignoring supplied major number {major} - kernel assigns major numbers"
+            f" dynamically. Using major number {MAJOR} instead."
+        )
 
 
 def _fix_minor(command: Command, vg: VolumeGroup, lv: LogicalVolume) -> None:

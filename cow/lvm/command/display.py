@@ -10,6 +10,7 @@ from cow.lvm.command import reports
 from cow.lvm.command.command import Command
 from cow.lvm.command.maps import map_lines
 from cow.lvm.cow_size import shown_percent
+from cow.lvm.errors import RequestError
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume, PhysicalVolume, Segment, VolumeGroupMetadata
 from cow.lvm.names import dashed_id
@@ -41,11 +42,20 @@ NUMBER_OF_FORMAT = 772
 """What lvm2 puts for the access of a VG in colon-separated output."""
 
 
+def _check_forms(command: Command, *forms: str) -> None:
+    """Refuse columns (-C) together with another form."""
+    if command.options.has("columns") and command.options.has(*forms):
+        raise RequestError("Incompatible options selected")
+
+
 # ---- LVs
 
 
 def lvdisplay(command: Command) -> None:
     """Tell about LVs in blocks of lines, or in colon-separated ones (-c)."""
+    _check_forms(command, "colon", "maps")
+    if command.options.has("colon") and command.options.has("maps"):
+        raise RequestError("Options -c and -m are incompatible.")
     if command.options.has("columns"):
         reports.lvs(command)
         return
@@ -217,6 +227,9 @@ def lvscan(command: Command) -> None:
 
 def vgdisplay(command: Command) -> None:
     """Tell about VGs in blocks of lines, in short (-s) or in colon-separated ones (-c)."""
+    _check_forms(command, "colon", "short")
+    if command.options.has("colon") and command.options.has("short"):
+        raise RequestError("Option -c is not allowed with option -s")
     if command.options.has("columns"):
         reports.vgs(command)
         return
@@ -326,6 +339,9 @@ def vgscan(command: Command) -> None:
 
 def pvdisplay(command: Command) -> None:
     """Tell about PVs in blocks of lines, in short (-s) or in colon-separated ones (-c)."""
+    _check_forms(command, "colon", "maps", "short")
+    if command.options.has("colon") and command.options.has("maps"):
+        raise RequestError("Option -c not allowed with option -m")
     if command.options.has("columns"):
         reports.pvs(command)
         return

@@ -7,6 +7,7 @@ from functools import partial
 from cow.errors import CowOSError
 from cow.lvm.command import activate
 from cow.lvm.command.command import Command
+from cow.lvm.command.create import check_number
 from cow.lvm.command.options import UsageError
 from cow.lvm.errors import LVMError, RequestError
 from cow.lvm.group import VolumeGroup
@@ -74,6 +75,8 @@ def lvchange(command: Command) -> None:
     """Change properties of LVs, or activate, deactivate and refresh them."""
     options = command.options
     changes = options.has(*PROPERTIES)
+    if options.get("persistent") and not options.has("minor"):
+        raise UsageError("")
     if not changes and not options.has("activate", "refresh", "monitor", "poll"):
         raise UsageError("")
     if changes and options.has("activate"):
@@ -135,8 +138,8 @@ def _change_minor(command: Command, vg: VolumeGroup, lv: LogicalVolume) -> None:
     """Give the LV's device a number for good, or none."""
     persistent = command.options["persistent"]
     minor = command.options.get("minor")
-    if persistent and minor is None:
-        raise UsageError("")
+    if persistent:
+        check_number(command)
     if not persistent and "FIXED_MINOR" not in lv.status:
         raise LVMError(f"Minor number is already not persistent for {lv}.")
     active = persistent and command.live.is_active(lv)
@@ -153,4 +156,5 @@ def _change_minor(command: Command, vg: VolumeGroup, lv: LogicalVolume) -> None:
     if active:
         vg.activate(lvs=[lv.name])
     command.changed()
-    command.say(f"Logical volume {lv} changed.")
+    if not persistent:
+        command.say(f"Logical volume {lv} changed.")

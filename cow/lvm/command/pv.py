@@ -11,7 +11,7 @@ from cow.lvm.command import dump
 from cow.lvm.command.command import Command
 from cow.lvm.errors import LVMError, RequestError
 from cow.lvm.pv import PVOptions
-from cow.units import bytes_of
+from cow.units import bytes_of, sectors
 
 
 def pv_options(command: Command) -> dict[str, object]:
@@ -58,6 +58,7 @@ def pvcreate(command: Command) -> None:
     PVOptions(**settings)  # type: ignore[arg-type]
     for name in command.args:
         try:
+            _check_size(command, name)
             manage.create_pv(
                 command.image(name),
                 mapper=command.mapper,
@@ -69,6 +70,22 @@ def pvcreate(command: Command) -> None:
             )
         except LVMError as error:
             command.fail_with(error)
+
+
+def _check_size(command: Command, name: str) -> None:
+    """Ask whether what is a PV already shall have another size than its device."""
+    wanted = command.options.get("setphysicalvolumesize")
+    if wanted is None:
+        return
+    command.scan(readonly=False)
+    device = command.pv(name)
+    if device is None or sectors(device.device.size) == wanted:
+        return
+    shown = command.size(sectors(device.device.size)), command.size(wanted)
+    text = f"device size {shown[0]} does not match requested size {shown[1]}."
+    if not command.confirm(f"WARNING: {name}: {text} Proceed?"):
+        raise LVMError(f"{name}: physical volume not initialized.")
+    command.warn(f"WARNING: Faking size of PV {name}. Don't write outside real device.")
 
 
 def pvremove(command: Command) -> None:

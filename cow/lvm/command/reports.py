@@ -23,7 +23,7 @@ from cow.lvm.report.fields import (
 )
 from cow.lvm.report.rows import Row, lv_rows, pv_rows
 from cow.lvm.report.selection import Selection
-from cow.lvm.report.table import Format, Report
+from cow.lvm.report.table import Format, Report, empty_json
 
 REPORT_OPTIONS: Final = (
     "aligned a|all binary configreport=configreport foreign ignorelockingfailure logonly"
@@ -89,7 +89,11 @@ class _Reporter:
                 return
             sort = self._sort()
             selection = self._selection()
-        except FieldError as error:
+        except LVMError as error:
+            if self._as_json():
+                command.print("\n".join(empty_json()))
+            if not isinstance(error, FieldError):
+                raise
             command.fail("\n".join([*error.fields, error.strerror or ""]))
             return
         looked_at = [*fields, *(each for each, _ in sort), *(selection.fields if selection else ())]
@@ -143,7 +147,7 @@ class _Reporter:
         text = self._options.get("sort")
         if text is None:
             text = self._settings.text(f"report/{self._kind.settings}_sort")
-        found = []
+        found: list[tuple[Field, bool]] = []
         for name in text.split(","):
             if not name:
                 continue
@@ -151,6 +155,9 @@ class _Reporter:
                 (each,) = self._find(name.lstrip("+-"))
             except FieldError as error:
                 raise FieldError(f"dm_report: {error.strerror}", error.fields) from error
+            if any(each is other for other, _ in found):
+                self._command.warn(f"dm_report: Ignoring duplicate sort field: {each.name}.")
+                continue
             found.append((each, name.startswith("-")))
         return found
 
@@ -174,11 +181,14 @@ class _Reporter:
                 f' "{self._kind.key}".'
             )
 
+    def _as_json(self) -> bool:
+        default = self._settings.text("report/output_format")
+        return bool(self._options.get("reportformat", default) == "json")
+
     def _format(self, compact: set[str]) -> Format:
         options, settings = self._options, self._settings
         separator = options.get("separator")
         aligned = settings.flag("report/aligned") and separator is None
-        form = options.get("reportformat", settings.text("report/output_format"))
         blank = self._find_all(settings.text("report/compact_output_cols"))
         return Format(
             style=Style(
@@ -194,7 +204,7 @@ class _Reporter:
             prefixes=options.has("nameprefixes") or settings.flag("report/prefixes"),
             quoted=settings.flag("report/quoted") and not options.has("unquoted"),
             as_rows=options.has("rows") or settings.flag("report/columns_as_rows"),
-            json=self._kind.key if form == "json" else "",
+            json=self._kind.key if self._as_json() else "",
             compact=settings.flag("report/compact_output"),
             compact_fields=frozenset(compact.union(each.name for each in blank)),
         )

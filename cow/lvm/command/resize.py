@@ -8,6 +8,7 @@ from typing import Any
 from cow.lvm.command.command import Command
 from cow.lvm.command.create import extents_of_pvs, pv_ranges, within
 from cow.lvm.command.options import ParseError, UsageError
+from cow.lvm.edit import whole_stripes
 from cow.lvm.errors import LVMError, LVNotFound, RequestError
 from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import LogicalVolume
@@ -66,6 +67,8 @@ def _amount(command: Command) -> Amount:
 def _resize(command: Command, verb: str) -> None:
     options = command.options
     amount = _amount(command)
+    if options.has("resizefs"):
+        raise LVMError("--resizefs is not supported: no filesystem is resized.")
     vg, lv = _find(command)
     ranges = pv_ranges(vg.metadata, command.args[1:], command)
     old = lv.extent_count
@@ -158,7 +161,7 @@ def _reduce(command: Command, vg: VolumeGroup, lv: LogicalVolume, extents: int) 
     kind = "active logical volume" if command.live.is_active(lv) else "logical volume"
     if command.live.is_open(lv):
         kind = "active and open logical volume"
-    shown = command.size(extents * vg.metadata.extent_size)
+    shown = command.size(whole_stripes(lv, extents) * vg.metadata.extent_size)
     command.warn(f"WARNING: Reducing {kind} to {shown}.")
     command.warn("THIS MAY DESTROY YOUR DATA (filesystem etc.)")
     if not command.forced and not command.confirm(f"Do you really want to reduce {lv}?"):

@@ -200,7 +200,10 @@ def vgremove(command: Command) -> None:
 def vgrename(command: Command) -> None:
     """Give a VG another name."""
     old, new = (name.removeprefix("/dev/") for name in command.args)
-    check_new_name(new)
+    try:
+        check_new_name(new)
+    except RequestError as error:
+        raise LVMError(error.strerror or "") from error
     command.scan(readonly=False)
     vg = command.vg(old)
     if any(command.live.is_active(lv) for lv in vg.metadata.lvs):

@@ -85,7 +85,7 @@ class Field:
         if self.kind == "str":
             return str(value).strip("[]").encode("utf-8", "surrogateescape")
         if isinstance(value, str):
-            return 0
+            return LAST
         if value is None:
             return LAST if self.kind in ("pct", "bin", "num") else 0
         return value if value >= 0 else LAST

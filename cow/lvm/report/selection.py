@@ -60,6 +60,12 @@ SYNONYMS: Final = {
 """Of permissions."""
 UNDEFINED: Final = ("-1", "unknown", "undefined", "undef")
 
+UNDEFINED_WORDS: Final = (
+    *("lv_when_full", "seg_monitor", "cache_policy", "vdo_write_policy"),
+    "lv_health_status",
+)
+"""Fields of text that are undefined where they are blank."""
+
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _WORD = re.compile(r"(?:(?!&&|\|\||[,#()\[\]{}])\S)*")
 _DATE = re.compile(
@@ -189,14 +195,16 @@ class Selection:
         except re.error as error:
             why = "Missing end quote." if pattern[:1] in "[({" else str(error)
             raise self._unparsed(each, here, "regex", f"{why}\n") from error
-        return lambda row: COMPARE[sign](str(each.value(row)), pattern)
+        return lambda row: COMPARE[sign](_plain(each.value(row)), pattern)
 
     def _string(self, each: Field, sign: str, here: str) -> Matches:
         value = self._value(each, here)
         if each.name.endswith("_permissions"):
             value = SYNONYMS.get(value, value)
+        if value == "undefined" and each.name in UNDEFINED_WORDS:
+            value = ""
         equal = sign == "="
-        return lambda row: (str(each.value(row)).strip("[]") == value.strip("[]")) is equal
+        return lambda row: (_plain(each.value(row)) == value) is equal
 
     def _list(self, each: Field, sign: str, here: str) -> Matches:
         self._rest = self._rest.lstrip()
@@ -204,6 +212,8 @@ class Selection:
         equal = sign == "="
         if not closing:
             item = self._value(each, here)
+            if not item:
+                return lambda row: (not each.value(row)) is equal
             return lambda row: (item in each.value(row)) is equal
         exact = closing == "]"
         self._rest = self._rest[1:]
@@ -231,7 +241,7 @@ class Selection:
             wanted = None
         elif value in ("1", "yes", "y", each.word) or value in each.word.split(" "):
             wanted = True
-        elif value in ("0", "no", "n", ""):
+        elif value in ("0", "no", "n"):
             wanted = False
         else:
             raise self._unparsed(each, here, "numeric")
@@ -261,8 +271,10 @@ class Selection:
 
         def matches(row: Row) -> bool:
             value = each.value(row)
+            if isinstance(value, str):
+                return False
             if each.kind == "siz":
-                return compare(value if isinstance(value, int) else 0, wanted)
+                return compare(value or 0, wanted)
             if _undefined(value):
                 return False
             return compare(Fraction(f"{value:.2f}") if each.kind == "pct" else value, wanted)
@@ -286,6 +298,11 @@ class Selection:
             return COMPARE[sign](value, last if sign in (">", "<=") else first)
 
         return matches
+
+
+def _plain(value: Any) -> str:  # noqa: ANN401
+    """Return a text as it is compared: without the brackets of hidden LVs."""
+    return str(value).removeprefix("[").removesuffix("]")
 
 
 def _undefined(value: Any) -> bool:  # noqa: ANN401

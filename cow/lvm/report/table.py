@@ -151,6 +151,11 @@ def json_lines(key: str, names: Sequence[str], cells: Sequence[Sequence[str]]) -
     return [*lines, f"{INDENT * 3}]", f"{INDENT * 2}}}", f"{INDENT}]", "}"]
 
 
+def empty_json() -> list[str]:
+    """Return JSON without any report."""
+    return ["{", f'{INDENT}"report": [', f"{INDENT}]", "}"]
+
+
 def quoted(text: str) -> str:
     """Return a JSON string; characters that are not ASCII stand as they are."""
     return json.dumps(text, ensure_ascii=False)

@@ -257,6 +257,8 @@ def role(lv: LogicalVolume) -> list[str]:
         found += ["extthinorigin", *(["multiextthinorigin"] if len(based) > 1 else [])]
     if lv.is_origin:
         found += ["thickorigin", *(["multithickorigin"] if len(lv.snapshots) > 1 else [])]
+    if is_moved(lv):
+        found.append("pvmove")
     if lv.is_cow:
         found += ["snapshot", "thicksnapshot"]
     if kind == "thin" and origin_of(lv) is not None:
@@ -334,7 +336,7 @@ def _type_letter(row: Row, lv: LogicalVolume) -> str:
     above = parent(lv)
     letters = (
         ("O", lv.merging_snapshot is not None),
-        ("p", "PVMOVE" in lv.status),
+        ("p", is_moved(lv)),
         ("o", lv.is_origin or bool(thin_snapshots(lv, "external_origin"))),
         ("e", part in ("metadata", "spare")),
         ("T", part == "data" and above is not None and first_type(above) == "thin-pool"),
@@ -357,7 +359,7 @@ def _type_letter(row: Row, lv: LogicalVolume) -> str:
 
 
 def _permission_letter(lv: LogicalVolume, device: LiveDevice | None) -> str:
-    if "PVMOVE" in lv.status:
+    if is_moved(lv):
         return "-"
     if not lv.writable:
         return "r"
@@ -412,6 +414,11 @@ def is_merging(lv: LogicalVolume) -> bool:
     """Tell whether a snapshot is merging, or is to be merged, into its origin."""
     record = lv.snapshot
     return record is not None and record.segments[0].merging
+
+
+def is_moved(lv: LogicalVolume) -> bool:
+    """Tell whether it is what a pvmove that has not ended puts below the LVs that it moves."""
+    return "PVMOVE" in lv.status
 
 
 def has_fixed_minor(lv: LogicalVolume) -> bool:

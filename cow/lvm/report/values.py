@@ -29,6 +29,7 @@ from cow.lvm.report.traits import (
     image_is_synced,
     integrity,
     is_merging,
+    is_moved,
     is_partial,
     is_pool,
     is_raid,
@@ -90,7 +91,17 @@ def _data_percent(row: Row) -> float | None:
 def _shown_parent(lv: LogicalVolume) -> LogicalVolume | None:
     """Return what a hidden LV is a part of, if it is one that LVM says that of."""
     above = parent(lv)
-    return None if above is not None and first_type(above) in WITHOUT_PARTS else above
+    if above is None or is_moved(lv) or first_type(above) in WITHOUT_PARTS:
+        return None
+    return above
+
+
+def _moved_pv(row: Row) -> PhysicalVolume | None:
+    """Return the PV that a pvmove moves away from."""
+    if row.lv is None or not is_moved(row.lv) or not row.lv.segments[0].areas:
+        return None
+    of = row.lv.segments[0].areas[0].of
+    return of if isinstance(of, PhysicalVolume) else None
 
 
 def _sync_percent(row: Row) -> float | None:
@@ -213,9 +224,12 @@ def _ranges(row: Row) -> list[str]:
     if segment is None:
         return []
     count = segment.area_extents if segment.areas else _part_extents(segment)
-    found = [
-        f"{_area_name(row, area)}:{area.start}-{area.start + count - 1}" for area in segment.areas
-    ]
+    found = []
+    for area in segment.areas:
+        start, extents = area.start, count
+        if isinstance(area.of, LogicalVolume):  # LVM tells of the whole of it
+            start, extents = 0, area.of.extent_count
+        found.append(f"{_area_name(row, area)}:{start}-{start + extents - 1}")
     return found + [f"{name}:0-{count - 1}" for name in _parts(segment)]
 
 
@@ -250,7 +264,10 @@ def _devices(row: Row) -> list[str]:
     segment = row.segment
     if segment is None:
         return []
-    found = [f"{_area_name(row, area)}({area.start})" for area in segment.areas]
+    found = [
+        f"{_area_name(row, area)}({0 if isinstance(area.of, LogicalVolume) else area.start})"
+        for area in segment.areas
+    ]
     return found + [f"{name}(0)" for name in _parts(segment)]
 
 
@@ -376,6 +393,8 @@ VALUES: Final[dict[str, Values]] = {
     "raidintegrityblocksize": _of_lv(
         lambda lv: _number(found, "block_size") if (found := integrity(lv)) is not None else -1, -1
     ),
+    "move_pv": lambda row: "" if (pv := _moved_pv(row)) is None else str(pv),
+    "move_pv_uuid": lambda row: "" if (pv := _moved_pv(row)) is None else dashed_id(pv.id),
     "mirror_log": lambda row: _name(row, row.segment.mirror_log if row.segment else None),
     "mirror_log_uuid": lambda row: _uuid(row.segment.mirror_log if row.segment else None),
     "data_lv": _named(lambda lv: named_lv(lv, "pool", "data")),
@@ -388,6 +407,7 @@ VALUES: Final[dict[str, Values]] = {
     "lv_time": _of_lv(lambda lv: lv.creation_time, None),
     "lv_host": _of_lv(lambda lv: lv.creation_host or ""),
     "lv_modules": _of_lv(modules, []),
+    "lv_profile": _of_lv(lambda lv: str(lv.extra.get("profile", ""))),
     "lv_historical": lambda row: False,
     "writecache_block_size": _of_segment(
         lambda segment: _number(segment, "writecache_block_size") or -1, -1

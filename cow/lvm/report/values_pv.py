@@ -37,9 +37,9 @@ def device_sectors(row: Row) -> int:
 
 
 def pv_sectors(row: Row) -> int:
-    """Return what a PV has for extents; an orphan has its whole device."""
+    """Return what a PV has for extents; of an orphan its size."""
     if row.pv is None or row.vg is None:
-        return device_sectors(row)
+        return sectors(row.device.label.device_size) if row.device is not None else 0
     return row.pv.pe_count * row.vg.extent_size
 
 
@@ -64,7 +64,7 @@ def used_extents(vg: VolumeGroupMetadata, pv: PhysicalVolume) -> int:
 def pv_free_sectors(row: Row) -> int:
     """Return what is free on a PV; an orphan is all free."""
     if row.pv is None or row.vg is None:
-        return device_sectors(row)
+        return pv_sectors(row)
     return (row.pv.pe_count - pv_used_extents(row)) * row.vg.extent_size
 
 
@@ -223,6 +223,7 @@ VG_VALUES: Final[dict[str, Values]] = {
     "snap_count": _of_vg(lambda vg: len(vg.snapshot_records), 0),
     "vg_seqno": _of_vg(lambda vg: vg.seqno, 0),
     "vg_tags": _of_vg(lambda vg: sorted(vg.tags), []),
+    "vg_profile": _of_vg(lambda vg: str(vg.extra.get("profile", ""))),
     "vg_mda_count": _of_vg(lambda vg: len(vg_mdas(vg)), 0),
     "vg_mda_used_count": _of_vg(lambda vg: sum(not mda.ignored for mda in vg_mdas(vg)), 0),
     "vg_mda_free": _of_vg(_vg_mda_free, 0),
