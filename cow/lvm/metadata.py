@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -188,7 +188,7 @@ class LogicalVolume:
     @property
     def writable(self) -> bool:
         """Whether its permission is rw."""
-        return "WRITE" in self.status
+        return may_write(self.status, self.flags)
 
     def set_status(self, word: str, on: bool) -> None:
         """Put a word into `status`, in LVM's order, or take it out; unknown words stay behind."""
@@ -307,6 +307,15 @@ def segment_lvs(segment: Segment) -> Iterator[LogicalVolume]:
     for lv in (segment.mirror_log, segment.origin, segment.cow):
         if lv is not None:
             yield lv
+
+
+def may_write(status: Sequence[str], flags: Sequence[str]) -> bool:
+    """Tell whether the permission of a VG or of an LV is rw.
+
+    In a VG that is another host's, or shared, a flag takes the place of the status WRITE, so that
+    an old LVM takes it to be read-only (format_text/flags.c).
+    """
+    return "WRITE" in status or "WRITE_LOCKED" in flags
 
 
 @dataclass(frozen=True)

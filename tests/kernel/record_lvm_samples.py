@@ -72,6 +72,9 @@ SAMPLES = {
     "m_pvmove": (2, "vgcreate -s 256k vgm DISK1 DISK2; lvcreate -y -L 8m -n org vgm DISK1;"
                     " lvcreate -y -s -L 2m -n snap vgm/org DISK1;"
                     " lvcreate -y -l 3 -n lin vgm DISK1; !PVMOVE DISK1"),
+    "n_foreign": (1, "vgcreate -s 256k vgn DISK1; lvcreate -y -l 3 -n lv vgn;"
+                     " lvcreate -y -l 3 -p r -n ro vgn; vgchange -an vgn;"
+                     " vgchange -y --systemid otherhost vgn"),
 }  # fmt: skip
 """Sample: how many disks, and the commands that make it."""
 LISTED = ("i_raid", "j_cache", "l_kinds", "m_pvmove")

@@ -12,7 +12,13 @@ from cow.lvm.command.maps import map_lines
 from cow.lvm.cow_size import shown_percent
 from cow.lvm.errors import RequestError
 from cow.lvm.group import VolumeGroup
-from cow.lvm.metadata import LogicalVolume, PhysicalVolume, Segment, VolumeGroupMetadata
+from cow.lvm.metadata import (
+    LogicalVolume,
+    PhysicalVolume,
+    Segment,
+    VolumeGroupMetadata,
+    may_write,
+)
 from cow.lvm.names import dashed_id
 from cow.lvm.report.live import LiveDevice
 from cow.lvm.report.rows import Row
@@ -249,7 +255,7 @@ def _vg_colons(command: Command, vg: VolumeGroup) -> str:
     free = metadata.free_extents
     fields = [
         vg.name,
-        "r/w" if "WRITE" in metadata.status else "r",
+        "r/w" if may_write(metadata.status, metadata.flags) else "r",
         NUMBER_OF_FORMAT,
         -1,
         metadata.max_lv,
@@ -291,7 +297,8 @@ def _vg_lines(command: Command, vg: VolumeGroup) -> Iterator[str]:
     yield f"Format                {metadata.format}"
     yield f"Metadata Areas        {len(vg_mdas(metadata))}"
     yield f"Metadata Sequence No  {metadata.seqno}"
-    yield f"VG Access             {'read/write' if 'WRITE' in status else 'read'}"
+    access = "read/write" if may_write(status, metadata.flags) else "read"
+    yield f"VG Access             {access}"
     yield f"VG Status             {exported}{resizable}"
     yield f"MAX LV                {metadata.max_lv}"
     yield f"Cur LV                {visible_lvs(metadata)}"

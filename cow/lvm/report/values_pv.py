@@ -8,7 +8,7 @@ from typing import Final
 from cow.device import Device
 from cow.image import Image
 from cow.lvm.mda import Bad, MetadataArea
-from cow.lvm.metadata import PhysicalVolume, VolumeGroupMetadata
+from cow.lvm.metadata import PhysicalVolume, VolumeGroupMetadata, may_write
 from cow.lvm.names import dashed_id
 from cow.lvm.report.rows import Row
 from cow.lvm.report.values import Value, Values
@@ -134,7 +134,7 @@ def vg_attributes(vg: VolumeGroupMetadata) -> str:
     shared = "c" if "CLUSTERED" in vg.status else "s" if vg.lock_type else "-"
     return "".join(
         (
-            "w" if "WRITE" in vg.status else "r",
+            "w" if may_write(vg.status, vg.flags) else "r",
             "z" if "RESIZEABLE" in vg.status else "-",
             "x" if "EXPORTED" in vg.status else "-",
             "p" if vg.missing_pvs else "-",
@@ -198,7 +198,9 @@ VG_VALUES: Final[dict[str, Values]] = {
     "vg_uuid": _of_vg(lambda vg: dashed_id(vg.id)),
     "vg_name": _of_vg(lambda vg: vg.name),
     "vg_attr": _of_vg(vg_attributes),
-    "vg_permissions": _of_vg(lambda vg: "writeable" if "WRITE" in vg.status else "read-only"),
+    "vg_permissions": _of_vg(
+        lambda vg: "writeable" if may_write(vg.status, vg.flags) else "read-only"
+    ),
     "vg_extendable": _of_vg(lambda vg: "RESIZEABLE" in vg.status, False),
     "vg_exported": _of_vg(lambda vg: "EXPORTED" in vg.status, False),
     "vg_autoactivation": _of_vg(lambda vg: "NOAUTOACTIVATE" not in vg.flags, False),
