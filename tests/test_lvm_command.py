@@ -72,3 +72,29 @@ def test_the_session_in_the_documentation_is_what_is_printed(tmp_path):
                 machine.disk(name, 64 << 20)
             machine.devices.clear()
     machine.mapper.close()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    found = Machine(tmp_path)
+    found(f"vgcreate -s 64k vg {found.disk('a.img', 16 << 20)}")
+    found("lvcreate -l 16 -n lv vg")
+    yield found
+    found.mapper.close()
+
+
+@pytest.mark.parametrize("line", ["lvreduce -y -r -l 8", "lvextend -r -l 20", "lvresize -r -l 20"])
+def test_a_filesystem_that_is_to_be_resized_is_refused_and_the_lv_left_alone(machine, line):
+    machine.write("lv", 1 << 20)
+    before = machine.read("lv")
+    assert "--resizefs is not supported" in machine.refused(f"{line} vg/lv")
+    assert machine.read("lv") == before
+
+
+def test_a_vg_that_is_not_activated_by_itself_is_passed_over_silently(machine):
+    machine("vgchange -an vg")
+    machine("vgchange --setautoactivation n vg")
+    assert machine("vgchange -aay vg") == ""
+    assert machine.mapper.names() == []
+    machine("vgchange -ay vg")
+    assert machine.mapper.names() == ["vg-lv"]
