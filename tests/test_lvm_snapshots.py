@@ -685,7 +685,7 @@ def test_what_somebody_else_did_while_it_was_asked_is_seen(vg, name, text):
 @pytest.mark.parametrize(
     ("do", "text"),
     [
-        (lambda vg: vg.create_snapshot("org", "t", extents=4), "Snapshots of locked devices"),
+        (lambda vg: vg.create_snapshot("org", "t", extents=4), "Snapshots of locked volumes"),
         (lambda vg: vg.merge("s"), "Unable to merge locked logical volume vg/s"),
     ],
 )
