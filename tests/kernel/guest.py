@@ -29,7 +29,7 @@ from typing import Any
 SCRATCH = "/run/scratch"
 MODULES = (
     *("dm-mod", "dm-bufio", "dm-snapshot", "dm-zero", "dm-flakey"),
-    *("dm-log", "dm-region-hash", "dm-mirror"),
+    *("dm-log", "dm-region-hash", "dm-mirror", "dm-log-writes"),
 )
 FINIT_MODULE = 313
 POWER_OFF = 0x4321FEDC
@@ -41,7 +41,7 @@ UBD_MAJOR = 98
 HEADER = struct.Struct("=3I I I I i I I I Q 128s 129s 7x")
 TARGET = struct.Struct("=Q Q i I 16s")
 REMOVE_ALL, LIST_DEVICES, CREATE, REMOVE, RENAME, SUSPEND, STATUS = 1, 2, 3, 4, 5, 6, 7
-LOAD, CLEAR, TABLE = 9, 10, 12
+LOAD, CLEAR, TABLE, MESSAGE = 9, 10, 12, 14
 SUSPENDED, STATUS_TABLE, LIVE, INACTIVE, BUFFER_FULL = 2, 16, 32, 64, 256
 QUERY_INACTIVE = 4096
 
@@ -257,6 +257,9 @@ class Machine:
     def do_remove(self, name: str) -> None:
         self.control.call(REMOVE, name)
 
+    def do_message(self, name: str, text: str) -> None:
+        self.control.call(MESSAGE, name, data=struct.pack("=Q", 0) + text.encode() + b"\0")
+
     def do_w(self, name: str, offset: int, length: int, at: int) -> str:
         with Disk(self.path(name)) as disk:
             return f"w {disk.write(self.data[at : at + length], offset)}"
@@ -272,6 +275,11 @@ class Machine:
             for part in disk.read(length, offset):
                 count, crc = count + len(part), zlib.crc32(part, crc)
         return f"r {count} {crc:08x}"
+
+    def do_f(self, name: str) -> None:
+        """Flush."""
+        with Disk(self.path(name)) as disk:
+            os.fsync(disk.file)
 
     def do_d(self, name: str, offset: int, length: int) -> None:
         with Disk(self.path(name)) as disk:
