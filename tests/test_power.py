@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import SECTOR, count, stamp, store_bytes, wait_merge
+from support import SECTOR, area_location, count, stamp, store_bytes, wait_merge
 from support.crash import FLUSH, LONG, PAGE, Content, Cuts, Entry, read_log
 
 import cow
@@ -388,6 +389,25 @@ def test_every_state_of_a_store_being_made_over_an_old_one(folder, seed, chunk):
     plan = Plan(chunk, store=16 * chunk, snapshots=0)
     program = [("create", 1), ("write", "base", 512, 512), ("write", "snap1", 1024, 512)]
     cuts, _ = visit(plan, folder, program, seed)
+    assert cuts.all_of_them
+
+
+STALE = {
+    "in the next area": (1, 31, 1, 0, [("write", "base", 0, 512), ("write", "snap0", 512, 512)]),
+    "in the area after a wide write": (1, 30, 1, 2, [("write", "snap0", 512, 4 * 512)]),
+    "behind the end of the list": (2, 30, 0, 32, [("write", "base", 1024, 2048)]),
+}
+
+
+@pytest.mark.parametrize("where", STALE)
+def test_every_state_with_an_old_record(folder, seed, where):
+    """No cut brings it to life: it is zeroed, and that is durable, before the list gets there."""
+    chunk, preset, area, index, program = STALE[where]
+    plan = Plan(chunk, origin=40 * chunk, store=80 * chunk, preset=preset)
+    disk = bytearray(plan.disk)
+    at = (plan.origin + area_location(area, chunk) * chunk) * SECTOR + index * 16
+    disk[at : at + 16] = struct.pack("<QQ", 7, 70)
+    cuts, _ = visit(plan, folder, program, seed, before=bytes(disk))
     assert cuts.all_of_them
 
 
