@@ -182,7 +182,8 @@ class Theirs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kernel.run(None, [])
+        if not self.kernel.failed:  # else the test has failed, and the next one boots another
+            self.kernel.run(None, [])
 
     def run(self, steps: list[Step]) -> list[Any]:
         answers = self.kernel.run(None, steps, clean=False)

@@ -140,13 +140,13 @@ def test_cow_goes_on_where_the_kernel_was_killed(judge, seed, number):
     images = make_images(folder)
     writes = random_writes(rng, 1000)
     stop = rng.choice((rng.randrange(20), rng.randrange(600)))
-    kernel = Kernel(judge.folder)
-    kernel.start(images, [*random_stack(rng), ["work", kernel_writes(writes)]])
     done = -1
-    while done < stop:
-        done = acknowledged(kernel.hear("@did"))
-    time.sleep(rng.random() * 0.001)
-    kernel.kill()
+    with Kernel(judge.folder) as kernel:
+        kernel.start(images, [*random_stack(rng), ["work", kernel_writes(writes)]])
+        while done < stop:
+            done = acknowledged(kernel.hear("@did"))
+        time.sleep(rng.random() * 0.001)
+        kernel.kill()
     done = max([done, *map(acknowledged, kernel.heard())])
     count("plugs pulled while the kernel wrote")
     with Ours(images) as ours:
@@ -178,14 +178,14 @@ def test_cow_ends_a_merge_that_the_kernel_was_killed_in(judge, seed, number):
     images = make_images(folder)
     writes = random_writes(rng, 400)
     before = apply(nothing_written(), writes)
-    kernel = Kernel(judge.folder)
     chunk = rng.choice(CHUNKS)
     chunks = rng.randint(2, 2 + chunks_of_s0(writes, chunk))
     wait = ["mergeto", "base", chunks * chunk]
     steps = [*random_stack(rng, chunk), ["work", kernel_writes(writes)], *MERGE, wait]
-    kernel.start(images, steps)
-    kernel.hear("@merging")
-    kernel.kill()
+    with Kernel(judge.folder) as kernel:
+        kernel.start(images, steps)
+        kernel.hear("@merging")
+        kernel.kill()
     note_cut("the kernel", images, before)
     with Ours(images) as ours:
         ours.run([*GO_ON_MERGING, MERGED])

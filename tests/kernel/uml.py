@@ -25,6 +25,8 @@ KERNEL = "linux.uml"
 MEMORY = 512 << 20
 NEEDED = (KERNEL, "e2fsck", "mke2fs", "mkfs.xfs", "xfs_repair")
 PATIENCE = 300.0  # seconds: a busy machine is slow, a hang is rare
+LAST_WORDS = 5.0  # seconds for what a guest that hangs can still say of itself
+DEATH = 30.0  # seconds for a killed process to be gone
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 PYTHON = os.path.realpath("/proc/self/exe")
 """Itself: `sys.executable` may be a script that loads a sanitizer."""
@@ -98,8 +100,8 @@ class Kernel:
         self.home = Path(tempfile.mkdtemp(prefix="uml-", dir=folder))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.home / "host"))
-        self.socket.settimeout(PATIENCE)
         self.failed = False
+        self.asked: int | None = None
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LD_")}
         self.process = subprocess.Popen(
             [
@@ -154,13 +156,13 @@ class Kernel:
         self.lines.put(None)
 
     def hear(self, word: str, seconds: float = PATIENCE) -> str:
-        """Return the next line of the agent that begins with `word`."""
+        """Return the next line of the agent that begins with `word`; KernelError if none comes."""
         end = time.monotonic() + seconds
         while True:
             try:
                 line = self.lines.get(timeout=max(0, end - time.monotonic()))
             except queue.Empty:
-                raise self.error(f"no {word} within {seconds} s") from None
+                raise self.error(f"no {word} within {seconds} s; {self.doing()}") from None
             if line is None:
                 raise self.error(f"ended before {word}")
             if line.startswith(word):
@@ -168,11 +170,31 @@ class Kernel:
 
     def heard(self) -> list[str]:
         """Return the lines of the agent that nobody waited for, after the plug was pulled."""
+        assert not self.reader.is_alive(), "the plug is not pulled"
         return [line for line in iter(self.lines.get, None) if line is not None]
+
+    def doing(self) -> str:
+        """Tell what a guest that hangs does; if it still hears, the console gets what waits in it.
+
+        That is what blocks without end; to print all tasks would end this kernel.
+        """
+        self.asked = len(self.console)
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        end = time.monotonic() + LAST_WORDS
+        with contextlib.suppress(KernelError):
+            for key in "7w4":  # print everything, what waits, and little again
+                self.monitor(f"sysrq {key}", LAST_WORDS)
+            while "set to 4" not in "".join(self.console[self.asked :]) and time.monotonic() < end:
+                time.sleep(0.01)
+        return f"its process is in state {stat.rpartition(') ')[2][0]}"
 
     def error(self, text: str) -> KernelError:
         self.failed = True
-        return KernelError("\n    ".join([f"the guest: {text}; its console:", *self.console[-40:]]))
+        lines = (
+            self.console[-40:] if self.asked is None else self.console[max(0, self.asked - 40) :]
+        )
+        console = [line for line in lines if "] ? " not in line]  # of a stack, what is sure
+        return KernelError("\n    ".join([f"the guest: {text}; its console:", *console]))
 
     def say(self, text: str) -> None:
         assert self.process.stdin is not None
@@ -184,10 +206,11 @@ class Kernel:
 
     # disks
 
-    def monitor(self, command: str) -> None:
-        """Send a command to UML's management console."""
+    def monitor(self, command: str, seconds: float = PATIENCE) -> None:
+        """Send a command to UML's management console, and see that it was done."""
         text = command.encode()
         packet = struct.pack("<III", 0xCAFEBABE, 2, len(text)) + text.ljust(512, b"\0")
+        self.socket.settimeout(seconds)
         try:
             self.socket.sendto(packet, str(self.home / "k" / "mconsole"))
             answer = self.socket.recv(4096)
@@ -216,6 +239,8 @@ class Kernel:
 
         Steps are those of the recorded traces. Afterwards all devices are removed, if `clean`.
         """
+        if self.failed:
+            raise self.error("does no more jobs, it failed before")
         self.jobs += 1
         name = f"job{self.jobs}"
         job: dict[str, Any] = {"clean": clean}
@@ -269,8 +294,8 @@ class Kernel:
         """Pull the plug."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.reader.join()
+        self.process.wait(DEATH)
+        self.reader.join(DEATH)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -280,7 +305,7 @@ class Kernel:
 
     def close(self) -> None:
         """Shut the guest down, or kill it where that takes too long."""
-        if self.process.poll() is None:
+        if self.process.poll() is None and not self.failed:
             with contextlib.suppress(KernelError):
                 self.say("quit")
             with contextlib.suppress(subprocess.TimeoutExpired):
