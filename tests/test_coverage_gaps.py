@@ -591,11 +591,13 @@ def test_waiting_for_a_slow_merge_ends_with_its_time(rig):
         rig.write("snap", sector)
     moment = rig.read("snap")
     rig.dm.remove("snap")
-    rig.dm.create("slow", f"0 2048 delay {rig.cows['snap']} 0 60")
+    rig.dm.create("slow", f"0 2048 linear {rig.cows['snap']} 0")
     rig.dm.load("base", "0 512 snapshot-merge base-real slow P 8")
+    rig.dm.suspend("slow")
     rig.dm.resume("base")
     with pytest.raises(TimeoutError, match="still merging"):
         rig.dm.wait_merge("base", timeout=0.001)
+    rig.dm.resume("slow")
     assert rig.read("base") == moment
 
 
