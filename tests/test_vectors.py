@@ -6,6 +6,7 @@ import errno
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import (
     SECTOR,
@@ -318,6 +319,16 @@ def test_a_store_that_ends_before_its_next_area_fails_on_the_record_that_fills_t
     assert refused(rig.write, "snap", 31, 1) == errno.EIO
     assert rig.usage() == "Invalid"
     assert rig.header() == header_bytes(1, valid=0)
+
+
+def test_a_batch_whose_record_fills_the_last_area_of_such_a_store_fails(rig):
+    rig.snap("snap", "PO 1", cow_sectors=34)
+    for sector in range(31):
+        rig.write("snap", sector, 1)
+    data = np.frombuffer(stamp(0, 1, 9), np.uint8).reshape(1, -1)
+    write_many = rig.dm.device("snap").write_many
+    assert refused(write_many, np.array([31 * SECTOR]), data) == errno.EIO
+    assert rig.usage() == "Invalid"
 
 
 def test_the_chunks_of_the_areas_are_never_handed_out(rig):
