@@ -323,6 +323,19 @@ def test_without_memory_a_filter_fails_the_request(faults, dm, tmp_path):
 # --- barriers and disks -------------------------------------------------------------------------
 
 
+def test_a_flush_and_a_barrier_reach_the_system(faults, tmp_path):
+    with cow.Mapper(durability="power") as dm:
+        rig = Rig(dm, tmp_path, SECTORS)
+        rig.snap("snap", "P 8")
+        with faults.fault("fdatasync", errno.EIO) as flush:
+            assert not attempt(errno.EIO, dm.device("base").flush)
+        with faults.fault("msync", errno.EIO) as barrier:
+            rig.write("base", 0)
+        assert flush.fired
+        assert barrier.fired
+        assert rig.usage("snap") == "Invalid"
+
+
 @pytest.mark.parametrize("times", [1, FOREVER])
 def test_a_flush_that_fails_costs_no_more_than_a_snapshot(faults, folders, times):
     for fault, folder in zip(
