@@ -20,6 +20,14 @@ DIFFERENT = {
     "pvremove disk1.img": "there is no --force to advise: a PV of a VG stays one",
     "nosuchverb": "our help is another command",
     "lvcreate -L 4m -n j --type thin vg0": "there are no thin LVs; what is wrong is the type",
+    "lvcreate -an -c 8k -L 4m -n x vg0": "LVM names the value of the option as well",
+    "lvcreate -an -l 50%ORIGIN -n x vg0": "LVM has an internal error",
+    "lvcreate -an --type snapshot -V 10m -l 50%ORIGIN -n x vg0": "LVM has an internal error",
+    "lvreduce -L +4m vg0/a": "LVM says it where it parses, and that it did not",
+    "lvreduce -l +1 vg0/a": "LVM says it where it parses, and that it did not",
+    "vgcfgrestore --list -f nosuch": "the reason is that of the system",
+    "vgcfgbackup -f disk1.img/x vg0": "the reason is that of the system",
+    "vgcfgbackup -f x vg0 vg1": "LVM has written the first file by then",
     "lvconvert --merge vg0/t": "LVM names the snapshot that was asked for as the merging one",
     "lvconvert --merge vg0/other": "LVM names the snapshot that was asked for as the merging one",
 }
@@ -89,6 +97,49 @@ def test_a_filesystem_that_is_to_be_resized_is_refused_and_the_lv_left_alone(mac
     before = machine.read("lv")
     assert "--resizefs is not supported" in machine.refused(f"{line} vg/lv")
     assert machine.read("lv") == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lvresize",
+        "lvresize -L 8m",
+        "lvconvert --merge",
+        "lvconvert --splitsnapshot",
+        "lvconvert -s",
+        "lvconvert -s vg/lv",
+        "vgcfgrestore",
+        "vgcfgrestore --list",
+    ],
+)
+def test_a_line_without_its_arguments_is_no_form_of_the_verb(machine, line):
+    assert "No command with matching syntax recognised." in machine.refused(line, 3)
+
+
+def test_a_snapshot_without_an_origin_or_a_vg_is_refused(machine):
+    assert "The origin name should include" in machine.refused("lvcreate -s -L 4m -n x", 3)
+
+
+def test_thin_lvs_are_refused_and_told_from_sparse_ones(machine):
+    assert "Thin LVs are not supported" in machine.refused("lvcreate -V 100m -n x vg", 3)
+
+
+def test_the_help_of_a_report_names_fields_that_it_takes(machine):
+    assert machine.run("vgs -o help") == 0
+    fields = [line.split()[0] for line in machine.said.splitlines() if " - " in line]
+    assert "vg_name" in fields
+    assert machine(f"vgs --noheadings -o {','.join(fields[:5])}")
+
+
+def test_a_suspended_device_is_displayed_as_such(machine):
+    machine.mapper.suspend("vg-lv")
+    assert "LV Status              suspended" in machine("lvdisplay vg/lv")
+    machine.mapper.resume("vg-lv")
+    assert "LV Status              available" in machine("lvdisplay vg/lv")
+
+
+def test_help_of_a_verb_names_its_options(machine):
+    assert "--extents" in machine("lvextend --help")
 
 
 def test_a_vg_that_is_not_activated_by_itself_is_passed_over_silently(machine):

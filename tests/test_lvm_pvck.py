@@ -21,6 +21,7 @@ DAMAGE: dict[str, tuple[int, bytes]] = {
     "the number of its sector": (LABEL + 8, struct.pack("<Q", 2)),
     "its checksum": (LABEL + 16, b"crc!"),
     "where the PV's header begins": (LABEL + 20, struct.pack("<I", 40)),
+    "where it begins, so that it ends with the sector": (LABEL + 20, struct.pack("<I", 440)),
     "its type": (LABEL + 24, b"LVM3 001"),
     "the uuid": (LABEL + 32, b"?" * 32),
     # Not its first byte: pvck takes the uuid to go on until a zero.
@@ -93,3 +94,70 @@ def test_texts_are_dumped_as_pvck_dumps_them(what, disk):
     args = ("--dump", what, "disk.img")
     mine = Replay(disk.parent, {}).normal
     assert ours(*args, folder=disk.parent) == mine(real(*args, folder=disk.parent))
+
+
+@pytest.mark.parametrize("what", ["metadata_all", "metadata_search"])
+def test_a_text_that_goes_on_at_the_beginning_of_the_ring_is_dumped_whole(what, disk):
+    with lvm.create_vg("vg", [str(disk)], metadata_size=16384, extent_size=128 << 10) as vg:
+        for number in range(12):
+            vg.create_lv(f"lv{number}", extents=1)
+    args = ("--dump", what, "disk.img")
+    mine = Replay(disk.parent, {}).normal
+    assert ours(*args, folder=disk.parent) == mine(real(*args, folder=disk.parent))
+
+
+def test_the_text_is_written_into_a_file_as_pvck_writes_it(disk):
+    lvm.create_vg("vg", [str(disk)]).close()
+    texts = []
+    for run in (real, ours):
+        shown = run("--dump", "metadata", "-f", "text", "disk.img", folder=disk.parent)
+        texts.append(((disk.parent / "text").read_bytes(), shown.partition(" crc ")[0]))
+        (disk.parent / "text").unlink()
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--dump headers disk.img",
+        "--dump metadata disk.img",
+        "--dump metadata_all disk.img",
+        "--dump metadata_search disk.img",
+        "--dump nosuch disk.img",
+        "nosuch.img",
+    ],
+)
+@pytest.mark.parametrize("kind", ["no PV", "a PV without metadata", "a PV"])
+def test_what_is_not_there_is_missed_as_pvck_misses_it(kind, line, disk):
+    if kind == "a PV without metadata":
+        lvm.create_pv(str(disk), metadata_copies=0)
+    elif kind == "a PV":
+        lvm.create_vg("vg", [str(disk)]).close()
+    done = subprocess.run(
+        [PVCK or "pvck", *line.split()], capture_output=True, text=True, cwd=disk.parent
+    )
+    replay = Replay(disk.parent, {})
+    try:
+        out, err, status = replay.run(["pvck", *line.split()])
+    finally:
+        replay.close()
+    shown = replay.normal(done.stdout.replace(f"{disk.parent}/", ""))
+    assert (out, bool(err), status) == (shown, bool(done.stderr), done.returncode), (done, err)
+
+
+def test_without_dump_the_label_is_told_or_missed(disk):
+    folder = disk.parent
+    replay = Replay(folder, {})
+    missed = "  Could not find LVM label on disk.img\n"
+    assert replay.run(["pvck", "disk.img"]) == ("", missed, 5)
+    lvm.create_pv(str(disk))
+    assert "Found label on disk.img, sector 1" in ours("disk.img", folder=folder)
+    replay.close()
+
+
+def test_a_text_that_cannot_be_written_is_an_error(disk):
+    lvm.create_vg("vg", [str(disk)]).close()
+    replay = Replay(disk.parent, {})
+    line = "pvck --dump metadata -f nosuch/text disk.img"
+    assert replay.run(line.split()) == ("", "  nosuch/text: No such file or directory\n", 5)
+    replay.close()

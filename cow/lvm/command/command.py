@@ -384,7 +384,10 @@ class Command:
         """Return the name of a VG as an argument has it, with or without /dev/."""
         name = self.vg_name_of(text)
         if "/" in name or not is_name(name):
-            raise RequestError(f"Volume group name {text} has invalid characters")
+            raise LVMError(
+                f'Volume group name "{name}" has invalid characters.\n'
+                f"Cannot process volume group {name}"
+            )
         return name
 
     def lv_of(self, text: str) -> tuple[str, str]:

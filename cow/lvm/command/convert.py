@@ -189,11 +189,13 @@ def _split(command: Command) -> None:
 def _attach(command: Command) -> None:
     options = command.options
     vg, store = _named(command, command.args[1])
-    origin_vg, origin = _named(command, command.args[0])
-    if not origin:
-        origin, origin_vg = command.args[0], vg
-    if origin_vg is not vg:
-        raise LVMError("Origin and COW store have to be in the same volume group.")
+    origin = command.args[0]
+    if "/" in origin.removeprefix("/dev/"):
+        origin_vg, origin = _named(command, origin)
+        if origin_vg is not vg:
+            raise LVMError(
+                f'Please use a single volume group name ("{origin_vg.name}" or "{vg.name}").'
+            )
     lv = _lv(vg, store)
     if lv.is_cow:
         _not_permitted(lv, "snapshot")

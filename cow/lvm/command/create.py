@@ -207,8 +207,7 @@ def size_of(
     if f"%{amount.percent_of}" not in allowed:
         raise LVMError(f"Please express size as {allowed}.")
     if amount.percent_of == "ORIGIN":
-        if origin is None:
-            raise LVMError("There is no origin of which a percentage could be taken.")
+        assert origin is not None
         chunk = options.get("chunksize", 8)
         count = percent_of_origin(count, origin.extent_count, chunk, metadata.extent_size)
     else:

@@ -239,8 +239,13 @@ def _text_line(dump: Dump, area: Area) -> None:
 
 
 def metadata(device: _core.BlockDevice) -> tuple[list[str], bytes]:
-    """Return the line about the committed text of the first area that has one, and the text."""
+    """Return the line about the committed text of the first area that has one, and the text.
+
+    Without an area the lines are those that tell so.
+    """
     dump = headers(device)
+    if not dump.areas:
+        return _complaints(dump), b""
     for area in dump.areas:
         if text := area_text(dump, area):
             line = next(
@@ -255,15 +260,24 @@ def metadata(device: _core.BlockDevice) -> tuple[list[str], bytes]:
 def copies(device: _core.BlockDevice, *, search: bool) -> list[str]:
     """Return a line for each text that is still in the rings, old generations too."""
     dump = headers(device)
-    areas = dump.areas
-    if not areas:
-        areas = [Area(1, 4096, (1 << 20) - 4096)]
-    lines = []
-    for area in areas:
+    lines = [] if dump.areas else _complaints(dump)
+    if search and not dump.areas:
+        area = Area(1, 4096, (1 << 20) - 4096)
+        dump.areas.append(area)
+        lines[-1:] = [
+            f"Using common defaults for first mda: offset {area.start} size {area.size}.",
+            'Override defaults with --settings "mda_offset=<bytes> mda_size=<bytes>"',
+        ]
+    for area in dump.areas:
         if search:
             lines.append(f"Searching for metadata at offset {area.start} size {area.size}")
         lines += _ring_copies(dump, area)
     return lines
+
+
+def _complaints(dump: Dump) -> list[str]:
+    """Return what is said of headers without a metadata area."""
+    return [line for line in dump.lines if line.startswith(("CHECK: ", "zero "))]
 
 
 def _ring_copies(dump: Dump, area: Area) -> Iterator[str]:

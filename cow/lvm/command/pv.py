@@ -141,12 +141,13 @@ def _pvck(command: Command, device: _core.BlockDevice, name: str) -> None:
         lines = dump.copies(device, search=what == "metadata_search")
     elif what == "metadata":
         lines, text = dump.metadata(device)
-        if not command.options.has("file"):
+        if text and not command.options.has("file"):
             command.print("\n".join([*lines, "---"]))
             command.shell.out(text.decode("utf-8", "surrogateescape") + "\n")
             command.print("---")
             return
-        _write_file(command, text)
+        if text:
+            _write_file(command, text)
     else:
         raise RequestError(f"--dump {what} is not supported.")
     for line in lines:

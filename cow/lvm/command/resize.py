@@ -40,7 +40,7 @@ def _find(command: Command) -> tuple[VolumeGroup, LogicalVolume]:
         raise UsageError("")
     vg_name, lv_name = command.lv_of(command.args[0])
     if not lv_name:
-        raise RequestError("Please provide a logical volume name")
+        raise RequestError("Please specify a logical volume path.")
     command.scan(readonly=False)
     vg = command.vg(vg_name)
     lv = vg.metadata.find_lv(lv_name)
@@ -94,17 +94,15 @@ def _new_extents(
     extent_size = vg.metadata.extent_size
     sign = amount.sign
     if verb == "lvreduce" and sign == "+":
-        raise RequestError("Size may not be positive.")
+        what = "Extents" if amount.sectors is None else "Size"
+        raise ParseError(f"{what} may not be positive.")
     if amount.sectors is not None:
         count = -(-amount.sectors // extent_size)
         if amount.sectors % extent_size:
-            if sign:
-                count = amount.sectors // extent_size if sign == "-" else count
-                shown = command.size(count * extent_size)
-                command.say(f"Rounding size to boundary between physical extents: {shown}.")
-            else:
-                shown = command.size(count * extent_size)
-                command.say(f"Rounding size to boundary between physical extents: {shown}.")
+            if sign == "-":
+                count = amount.sectors // extent_size
+            shown = command.size(count * extent_size)
+            command.say(f"Rounding size to boundary between physical extents: {shown}.")
     else:
         count = _counted(command, vg, lv, amount)
     if sign == "+":
@@ -126,7 +124,7 @@ def _counted(command: Command, vg: VolumeGroup, lv: LogicalVolume, amount: Amoun
     if amount.percent_of == "ORIGIN":
         origin = record.segments[0].origin if record is not None else None
         if origin is None:
-            raise LVMError(f"Specified LV {lv} is not a snapshot.")
+            raise LVMError("Specified LV does not have an origin LV.")
         return -(-origin.extent_count * count // 100)
     ranges = pv_ranges(metadata, command.args[1:], command)
     base = {

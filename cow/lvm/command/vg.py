@@ -217,8 +217,6 @@ def vgchange(command: Command) -> None:
     changes = options.has(*CHANGES)
     if not changes and not options.has("activate", "refresh", "poll", "monitor", "sysinit"):
         raise UsageError("")
-    if changes and not command.args and not options.has("select"):
-        raise UsageError("")
     command.scan(readonly=not (changes or options.has("activate", "refresh")))
     for vg in command.each_vg(command.args):
         if command.passes_over(vg, command.args):
@@ -285,7 +283,9 @@ def vgcfgbackup(command: Command) -> None:
     vgs = list(command.each_vg(command.args))
     given = command.options.get("file")
     if given is not None and len(vgs) > 1 and "%s" not in given:
-        raise RequestError("File name has to hold %s where there are several volume groups.")
+        raise LVMError(
+            "VGs must be backed up into different files. Use %s in filename for VG name."
+        )
     for vg in vgs:
         name = backup_path(command, vg.name) if given is None else given.replace("%s", vg.name)
         try:
