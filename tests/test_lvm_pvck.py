@@ -98,7 +98,7 @@ def test_texts_are_dumped_as_pvck_dumps_them(what, disk):
 
 @pytest.mark.parametrize("what", ["metadata_all", "metadata_search"])
 def test_a_text_that_goes_on_at_the_beginning_of_the_ring_is_dumped_whole(what, disk):
-    with lvm.create_vg("vg", [str(disk)], metadata_size=16384, extent_size=128 << 10) as vg:
+    with lvm.create_vg("vg", [str(disk)], metadata_size=16384, extent_size=128) as vg:
         for number in range(12):
             vg.create_lv(f"lv{number}", extents=1)
     args = ("--dump", what, "disk.img")
