@@ -582,6 +582,27 @@ def test_an_image_is_read_by_many_processes(tmp_path, dm):
         dm.create("snap", f"0 {SECTORS} snapshot {path} {store} P 8").pwrite(b"x", 0)
 
 
+def test_an_image_that_is_written_after_all_is_nobody_elses_any_more(tmp_path, dm):
+    path = image(tmp_path / "a.img", 64)
+    with cow.Mapper() as first:
+        first.create("look", f"0 64 linear {path} 0", readonly=True)
+        first.create("dev", f"0 64 linear {path} 0").pwrite(b"x", 0)
+        assert refused_pid(dm, f"0 64 linear {path} 0", readonly=True) == os.getpid()
+
+
+def test_an_image_that_could_not_be_written_is_still_read_alone_or_with_readers(tmp_path, dm):
+    path = image(tmp_path / "a.img", 64)
+    table = f"0 64 linear {path} 0"
+    with cow.Mapper() as first:
+        first.create("look", table, readonly=True)
+        with cow.Mapper() as second:
+            second.create("look", table, readonly=True)
+            with pytest.raises(OSError, match="in use by another mapper of this process"):
+                first.create("dev", table)
+        assert refused_pid(dm, table) == os.getpid()
+        dm.create("dev", table, readonly=True)
+
+
 def test_a_second_mapper_of_this_process_is_refused_with_our_pid(tmp_path, dm):
     origin, store = image(tmp_path / "o.img", BEFORE), image(tmp_path / "a.cow", 1024)
     line = f"0 {SECTORS} snapshot {origin} {store} P 8"

@@ -336,6 +336,16 @@ def test_a_flush_and_a_barrier_reach_the_system(faults, tmp_path):
         assert rig.usage("snap") == "Invalid"
 
 
+def test_a_barrier_waits_for_all_that_was_copied_and_for_the_record(faults, tmp_path):
+    with cow.Mapper(durability="power") as dm:
+        rig = Rig(dm, tmp_path, SECTORS)
+        rig.snap("snap", "P 8")
+        rig.write("base", 0)
+        faults.synced()
+        rig.write("base", 8, 40)
+        assert faults.synced() >= 40 * SECTOR + 5 * 16
+
+
 @pytest.mark.parametrize("times", [1, FOREVER])
 def test_a_flush_that_fails_costs_no_more_than_a_snapshot(faults, folders, times):
     for fault, folder in zip(

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import SECTOR, area_location, count, stamp, store_bytes, wait_merge
-from support.crash import FLUSH, LONG, PAGE, Content, Cuts, Entry, read_log
+from support.crash import FLUSH, LONG, MARK, PAGE, Content, Cuts, Entry, read_log
 
 import cow
 
@@ -409,6 +409,37 @@ def test_every_state_with_an_old_record(folder, seed, where):
     disk[at : at + 16] = struct.pack("<QQ", 7, 70)
     cuts, _ = visit(plan, folder, program, seed, before=bytes(disk))
     assert cuts.all_of_them
+
+
+def test_every_state_of_a_repair(folder, seed, monkeypatch):
+    """No cut leaves a file that looks like a store and is not all of it; at the end it is safe."""
+    size = 48 * SECTOR
+    damaged = store_bytes([(0, 2), (2, 2), (5, 4), (6, 5)], 1, size=size)
+    damaged[2 * SECTOR : 6 * SECTOR] = stamp(0, 4, 3)
+    (folder / "bad").write_bytes(damaged)
+    entries: list[Entry] = []
+
+    def pwrite(file: int, data: bytes, offset: int, real=os.pwrite) -> int:
+        entries.append(Entry(offset // SECTOR, len(data) // SECTOR, 0, 0, bytes(data)))
+        return real(file, data, offset)
+
+    def fsync(file: int, real=os.fsync) -> None:
+        real(file)
+        entries.append(Entry(0, 0, FLUSH, 0, b""))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        patch.setattr(os, "fsync", fsync)
+        assert cow.store.repair(folder / "bad", folder / "new").kept == 3
+    whole = (folder / "new").read_bytes()
+    entries.append(Entry(0, 0, MARK, 4, b"done"))
+    cuts = Cuts(MOST, random.Random(seed))
+    for mark, state in cuts.of(bytes(size), entries):
+        (folder / "new").write_bytes(state)
+        if mark or state[:4] == whole[:4]:
+            assert state == whole
+    assert cuts.all_of_them
+    count("disk states after a power cut", cuts.visited)
 
 
 @pytest.mark.parametrize("kind", ["P", "PO"])

@@ -33,7 +33,7 @@
 	EACH(fallocate, int, -1, (int a, int b, off_t c, off_t d), (a, b, c, d))                   \
 	EACH(ftruncate, int, -1, (int a, off_t b), (a, b))                                         \
 	EACH(fdatasync, int, -1, (int a), (a))                                                     \
-	EACH(msync, int, -1, (void *a, size_t b, int c), (a, b, c))                                \
+	EACH(msync, int, -1, (void *a, size_t b, int c), (a, synced(b, c), c))                     \
 	EACH(sigaction, int, -1, (int a, const struct sigaction *b, struct sigaction *c), (a, b, c)) \
 	EACH(send, ssize_t, -1, (int a, const void *b, size_t c, int d), (a, b, c, d))             \
 	EACH(recv, ssize_t, -1, (int a, void *b, size_t c, int d), (a, b, c, d))                   \
@@ -61,6 +61,21 @@ static int fails(int function)
 		return 0;
 	errno = error_number;
 	return 1;
+}
+
+static size_t synced_bytes;
+
+static size_t synced(size_t size, int flags)
+{
+	if (flags & MS_SYNC)
+		__atomic_add_fetch(&synced_bytes, size, __ATOMIC_SEQ_CST);
+	return size;
+}
+
+/* The bytes that msync was to bring to the disk since the last call of this function. */
+size_t faults_synced(void)
+{
+	return __atomic_exchange_n(&synced_bytes, 0, __ATOMIC_SEQ_CST);
 }
 
 #define WRAPPER(name, type, failure, parameters, arguments)                                        \

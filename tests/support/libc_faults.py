@@ -63,7 +63,12 @@ class LibcFaults:
         number, count = ctypes.c_int, ctypes.c_long
         self.library.faults_plan.argtypes = [ctypes.c_char_p, count, count, number]
         self.library.faults_end.restype = count
+        self.library.faults_synced.restype = ctypes.c_size_t
         assert self.library.faults_install(os.fsencode(cow._core.__file__)) > 0
+
+    def synced(self) -> int:
+        """Return for how many bytes msync has waited since the last call of this."""
+        return int(self.library.faults_synced())
 
     def fault(self, names: str, error: int, at: int = 1, times: int = 1) -> Fault:
         """Return a fault for calls of the functions named, with blanks between."""
