@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import SECTOR, Rig, stamp
+from support import SECTOR, Rig, crash, image, poll, stamp
 from support.nbd import (
     BLOCK_STATUS,
     CACHE,
@@ -451,6 +451,26 @@ def test_fua_is_taken_with_every_command(rig, client, kind):
     data = b"x" * 512 if kind == WRITE else b""
     length = 0 if kind == FLUSH else 512
     assert real.ask(kind, 0, length, data, FUA)[0] == 0
+
+
+@pytest.mark.parametrize("flags", [0, FUA])
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [(WRITE, 512), (WRITE, 1 << 20), (WRITE_ZEROES, 4096), (TRIM, 4096), (FLUSH, 0)],
+)
+def test_fua_is_answered_when_all_before_it_is_flushed(rig, client, tmp_path, kind, length, flags):
+    disk, log = image(tmp_path / "disk", SECTORS), image(tmp_path / "log", 4 * SECTORS)
+    rig.dm.create("dev", f"0 {SECTORS} log-writes {disk} {log}")
+    dev = client("dev")
+    data = b"x" * length if kind == WRITE else b""
+    assert dev.ask(kind, 0, length, data, flags) == (0, b"")
+    dev.close()
+    rig.dm.remove("dev", deferred=True)
+    poll(lambda: "dev" not in rig.dm.names())
+    done = [bool(entry.flags & crash.FLUSH) for entry in crash.read_log(log)]
+    *rest, last, end = done  # the target marks its end
+    wanted = kind == FLUSH or bool(flags)
+    assert (last, end, any(rest)) == (wanted, False, False)
 
 
 def test_a_read_of_nothing_has_no_data_chunk(client):

@@ -1150,10 +1150,10 @@ class Model:
 
     def set_uuid(self, name: str, uuid: str) -> None:
         device = self.device(name)
+        if any(other.uuid == uuid for other in self.devices.values()):
+            raise failure(errno.EBUSY)  # that it has one itself is looked at behind this
         if device.uuid:
             raise failure(errno.EINVAL)
-        if any(other.uuid == uuid for other in self.devices.values()):
-            raise failure(errno.EBUSY)
         device.uuid = uuid
         device.event_nr += device.live is not None
 
