@@ -370,6 +370,52 @@ def test_a_text_is_never_written_over_the_committed_one(tmp_path):
         assert vg.lvs() == []
 
 
+@pytest.fixture
+def area(tmp_path):
+    """An area of 64 sectors, empty, and four sectors behind it where the device ends."""
+    disk = Disk(tmp_path / "disk.img", MDA + 68 * SECTOR)
+    with cow.Mapper() as dm:
+        made = MetadataArea(dm.use(str(disk)), "disk", MDA, 64 * SECTOR, 1)
+        made.initialize()
+        yield made
+
+
+def committed(area: MetadataArea, text: bytes) -> None:
+    area.write_text(text, "VG vg 1")
+    area.precommit()
+    area.commit()
+
+
+def test_an_area_that_was_bad_keeps_its_new_text_while_the_next_is_written(area):
+    area.device.pwrite(b"x", MDA + 100)
+    area.read()
+    assert area.bad
+    committed(area, b"one\0")
+    area.write_text(b"two\0", "VG vg 2")
+    area.precommit()
+    area.read()
+    assert (area.read_text(), bool(area.bad)) == (b"one", False)
+
+
+@pytest.mark.parametrize(
+    ("slot", "size", "text"),
+    [
+        ((100, 10), 64, "metadata text offset 100 is outside the area on disk at 4096"),
+        ((64 * SECTOR, 10), 64, "metadata text offset 32768 is outside the area"),
+        ((512, 63 * SECTOR + 1), 64, "metadata text size 32257 is larger than the area on disk"),
+        ((512, 0), 64, "metadata text size 0 is larger"),
+        ((68 * SECTOR - 5, 10), 80, "Failed to read metadata text on disk at offset 38907"),
+        ((70 * SECTOR, 10), 80, "Failed to read metadata text on disk at offset 39936"),
+    ],
+)
+def test_a_text_that_cannot_be_where_its_slot_says_is_told(area, slot, size, text):
+    header = mda_header((*slot, 0, 0), start=MDA, size=size * SECTOR)
+    area.device.pwrite(header, MDA)
+    area.read()
+    with pytest.raises(lvm.MetadataError, match=text):
+        area.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
