@@ -981,6 +981,7 @@ class Device:
         self.check_usable()
         for offset, row in zip(offsets, data, strict=True):
             self.check_room(offset, len(row))
+        self.rehearse(list(zip(offsets, data, strict=True)))
         for offset, row in zip(offsets, data, strict=True):
             self.write(offset, row)
 
