@@ -241,7 +241,9 @@ def test_a_range_that_waits_is_zeroed_as_far_as_the_device_then_reaches(rig, mou
     rig.dm.suspend("high")
     body = struct.pack("=QQQII", handle, 0, 16 * SECTOR, KEEP_SIZE_AND_ZERO, 0)
     number = kernel.send(FALLOCATE_RANGE, body)
-    poll(lambda: rig.read("low") == bytes(8 * SECTOR))
+    assert mount._connection is not None
+    poll(mount._connection.waiting)
+    assert rig.read("low") == bytes(8 * SECTOR)
     rig.dm.load("x", "0 4 linear low 0")
     rig.dm.resume("x")
     rig.dm.resume("high")
