@@ -25,7 +25,7 @@ from support.nbd import READ, WRITE, Client, need, run
 
 import cow
 from cow.export import fusermount
-from cow.export.fuse import THREADS, FuseMount
+from cow.export.fuse import THREADS, FuseMount, _Files
 from cow.export.nbd import NbdServer
 
 SECTORS = 16384
@@ -620,11 +620,26 @@ def test_requests_on_a_suspended_device_wait_and_all_others_go_on(rig, mounted, 
     assert (mounted / "snap").read_bytes() == rig.before
 
 
-def test_a_killed_program_does_not_wait_for_a_suspended_device(rig, mounted):
+@pytest.fixture
+def reader(rig):
+    """Start programs that read the first 4 KiB of a file, and have them all end."""
+    started = []
+
+    def start(path: Path) -> subprocess.Popen:
+        words = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=1"]
+        started.append(subprocess.Popen(words, stderr=subprocess.PIPE))
+        return started[-1]
+
+    yield start
+    for name in rig.dm.devices():
+        rig.dm.resume(name)
+    for program in started:
+        program.communicate(timeout=SECONDS)
+
+
+def test_a_killed_program_does_not_wait_for_a_suspended_device(rig, mounted, reader):
     rig.dm.suspend("base")
-    program = subprocess.Popen(
-        ["dd", f"if={mounted}/base", "of=/dev/null", "bs=4k", "count=1"], stderr=subprocess.PIPE
-    )
+    program = reader(mounted / "base")
     poll(lambda: rig.dm.info("base").open_count == 1)
     with pytest.raises(subprocess.TimeoutExpired):
         program.wait(0.3)
@@ -633,6 +648,36 @@ def test_a_killed_program_does_not_wait_for_a_suspended_device(rig, mounted):
     assert program.returncode == -signal.SIGTERM
     assert text == b""
     poll(lambda: is_closed(rig.dm, "base"))
+    rig.dm.resume("base")
+
+
+def test_a_program_is_killed_by_a_signal_after_one_that_did_not_kill(
+    rig, mounted, reader, monkeypatch
+):
+    """The kernel tells of the first signal only, so it counts until the request is answered."""
+    told = []
+    real = _Files._forget_answered
+
+    def forget_answered(files: _Files) -> None:
+        real(files)
+        told.append(list(files._interrupted))
+
+    monkeypatch.setattr("cow.export.fuse.INTERRUPT_SECONDS", 0.0)
+    monkeypatch.setattr(_Files, "_forget_answered", forget_answered)
+    rig.dm.suspend("base")
+    program = reader(mounted / "base")
+    poll(lambda: rig.dm.info("base").open_count == 1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.wait(0.3)
+    program.send_signal(signal.SIGUSR1)
+    poll(lambda: len(told) > 9)
+    assert program.poll() is None
+    assert all(each == told[0] for each in told)
+    assert len(told[0]) == 1
+    program.terminate()
+    program.communicate(timeout=SECONDS)
+    assert program.returncode == -signal.SIGTERM
+    poll(lambda: told[-1] == [])
     rig.dm.resume("base")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
+import functools
 import os
 import struct
 import threading
@@ -15,13 +17,11 @@ from support.fuse import (
     BATCH_FORGET,
     FALLOCATE_RANGE,
     GETATTR,
-    INTERRUPT,
     LSEEK,
     RELEASE,
     ROOT,
     Kernel,
 )
-from support.libc_faults import FOREVER, LibcFaults
 
 import cow
 from cow import _core
@@ -47,6 +47,19 @@ def kernel():
     made.close()
     with contextlib.suppress(OSError):
         os.close(made.served)
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """The numbers of requests that met a suspended device, of a mount that comes after."""
+    numbers, real = set(), _Files.is_killed
+
+    def is_killed(files: _Files, unique: int, thread: int) -> bool:
+        numbers.add(unique)
+        return real(files, unique, thread)
+
+    monkeypatch.setattr(_Files, "is_killed", is_killed)
+    return numbers
 
 
 @pytest.fixture
@@ -162,48 +175,57 @@ def connection(rig, kernel):
 def test_any_of_the_requests_that_wait_can_be_given_up(rig, kernel, connection):
     handle = connection.handle(rig.dm.device("base"))
     rig.dm.suspend("base")
-    sent = []
-    for number in range(3):
-        sent.append(kernel.read(handle, number * SECTOR, SECTOR))
-        poll(lambda: len(connection.waiting()) == len(sent))
-    assert connection.waiting() == [(number, os.getpid()) for number in sent]
-    first, second, third = sent
-    for number in (second, third):
-        connection.give_up(number)
-        assert kernel.answer() == (number, errno.EINTR, b"")
-    connection.give_up(second)
-    fourth = kernel.read(handle, 3 * SECTOR, SECTOR)
-    poll(lambda: len(connection.waiting()) == 2)
-    assert [number for number, _ in connection.waiting()] == [first, fourth]
-    rig.dm.resume("base")
-    with beside(connection.work, connection.retry):
+    asked, unwanted = collections.Counter(), set()
+
+    def given_up(unique: int, thread: int) -> bool:
+        assert thread == os.getpid()
+        asked[unique] += 1
+        return unique in unwanted
+
+    with beside(connection.work, functools.partial(connection.retry, given_up)):
+        first, second, third = (kernel.read(handle, n * SECTOR, SECTOR) for n in range(3))
+        poll(lambda: asked[first] > 1 and asked[second] > 1 and asked[third] > 1)
+        for number in (second, third):
+            unwanted.add(number)
+            assert kernel.answer() == (number, errno.EINTR, b"")
+        fourth = kernel.read(handle, 3 * SECTOR, SECTOR)
+        poll(lambda: asked[fourth] > 1)
+        rig.dm.resume("base")
         answers = {kernel.answer() for _ in range(2)}
         connection.stop()
     assert answers == {(first, 0, stamp(0, 1, 0)), (fourth, 0, stamp(3, 1, 0))}
 
 
-def test_without_memory_it_is_not_told_what_waits(rig, kernel, connection):
-    faults = LibcFaults()
-    with faults.fault("malloc", errno.ENOMEM, times=FOREVER), pytest.raises(MemoryError):
-        connection.waiting()
-    assert connection.waiting() == []
+def test_no_attempt_passes_unasked(rig, kernel, connection):
+    """However long an attempt takes: nobody who looks at other times could miss a request."""
+    handle = connection.handle(rig.dm.device("base"))
+    rig.dm.suspend("base")
+    number, asked = kernel.read(handle, 0, SECTOR), []
+
+    def given_up(unique: int, thread: int) -> bool:
+        asked.append(unique)
+        return len(asked) == 2
+
+    with beside(functools.partial(connection.retry, given_up)):
+        poll(lambda: asked)
+        with beside(connection.work):
+            assert kernel.answer() == (number, errno.EINTR, b"")
+            connection.stop()
 
 
-def test_an_interrupt_of_a_request_that_is_done_is_forgotten(rig, kernel, connection, monkeypatch):
-    files = _Files(rig.dm, connection, kernel.served)
-    kernel.send(INTERRUPT, struct.pack("=Q", 2))
-    request = None
-    while request is None:
-        request = connection.take(1000)
-    files._answer(request)
-    files._give_up_killed()
-    assert list(files._interrupted) == [2]
-    monkeypatch.setattr("cow.export.fuse.FORGET_SECONDS", -1.0)
-    files._give_up_killed()
-    assert files._interrupted == {}
+def test_a_request_is_tried_again_where_asking_fails(rig, kernel, connection):
+    handle = connection.handle(rig.dm.device("base"))
+    rig.dm.suspend("base")
+    number = kernel.read(handle, 0, SECTOR)
+    with pytest.raises(ZeroDivisionError):
+        connection.retry(lambda unique, thread: 1 // 0)
+    rig.dm.resume("base")
+    with beside(connection.work):
+        assert kernel.answer() == (number, 0, stamp(0, 1, 0))
+        connection.stop()
 
 
-def test_a_long_write_waits_for_the_store_of_a_snapshot(rig, mount, kernel):
+def test_a_long_write_waits_for_the_store_of_a_snapshot(rig, waiting, mount, kernel):
     store = image(rig.folder / "store.img", 2 * SECTORS)
     rig.dm.create("store", f"0 {2 * SECTORS} linear {store} 0")
     rig.dm.suspend("base")
@@ -213,8 +235,7 @@ def test_a_long_write_waits_for_the_store_of_a_snapshot(rig, mount, kernel):
     rig.dm.suspend("store")
     data = stamp(0, 256, 5)
     number = kernel.write(base, 0, data)
-    assert mount._connection is not None
-    poll(mount._connection.waiting)
+    poll(lambda: number in waiting)
     second = kernel.read(other, 1024 * SECTOR, SECTOR)
     assert kernel.answer() == (second, 0, stamp(1024, 1, 0))
     rig.dm.resume("store")
@@ -233,7 +254,9 @@ def test_a_write_across_the_end_leaves_the_snapshot_what_it_shared(rig, mount, k
     assert snap.pread(len(rig.before), 0) == rig.before
 
 
-def test_a_range_that_waits_is_zeroed_as_far_as_the_device_then_reaches(rig, mount, kernel):
+def test_a_range_that_waits_is_zeroed_as_far_as_the_device_then_reaches(
+    rig, waiting, mount, kernel
+):
     rig.dm.create("low", "0 8 linear base-real 0")
     rig.dm.create("high", "0 8 linear base-real 8")
     rig.dm.create("x", "0 8 linear low 0\n8 8 linear high 0")
@@ -241,8 +264,7 @@ def test_a_range_that_waits_is_zeroed_as_far_as_the_device_then_reaches(rig, mou
     rig.dm.suspend("high")
     body = struct.pack("=QQQII", handle, 0, 16 * SECTOR, KEEP_SIZE_AND_ZERO, 0)
     number = kernel.send(FALLOCATE_RANGE, body)
-    assert mount._connection is not None
-    poll(mount._connection.waiting)
+    poll(lambda: number in waiting)
     assert rig.read("low") == bytes(8 * SECTOR)
     rig.dm.load("x", "0 4 linear low 0")
     rig.dm.resume("x")

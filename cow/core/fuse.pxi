@@ -490,23 +490,23 @@ cdef void fuse_work(fuse_connection *c, uint8_t *reply) noexcept nogil:
             port_event_wait(&c.slow.arrivals, seen, 10 * WAIT_SLICE)
 
 
-cdef void fuse_retry(fuse_connection *c) noexcept nogil:
-    """Have what waits for a suspended device tried again when something has changed."""
+cdef size_t fuse_wait_to_retry(fuse_connection *c) noexcept nogil:
+    """Wait until something has changed, or some time; return how many requests wait for that."""
     cdef fuse_request *r
-    cdef fuse_request *following
-    cdef uint64_t changes, arrived
-    while not port_load32(&c.stopping):
-        arrived = port_event_count(&c.waiting.arrivals)
-        changes = port_event_count(&c.gate.changes)
-        if queue_is_empty(&c.waiting):
-            port_event_wait(&c.waiting.arrivals, arrived, 10 * WAIT_SLICE)
-            continue
-        port_event_wait(&c.gate.changes, changes, WAIT_SLICE)
-        r = queue_take(&c.waiting, True)
-        while r != NULL:
-            following = r.next
-            queue_add(&c.slow, r)
-            r = following
+    cdef size_t count = 0
+    cdef uint64_t arrived = port_event_count(&c.waiting.arrivals)
+    cdef uint64_t changes = port_event_count(&c.gate.changes)
+    if queue_is_empty(&c.waiting):
+        port_event_wait(&c.waiting.arrivals, arrived, 10 * WAIT_SLICE)
+        return 0
+    port_event_wait(&c.gate.changes, changes, WAIT_SLICE)
+    pthread_mutex_lock(&c.waiting.mutex)
+    r = c.waiting.first
+    while r != NULL:
+        count += 1
+        r = r.next
+    pthread_mutex_unlock(&c.waiting.mutex)
+    return count
 
 
 @cython.final
@@ -589,10 +589,34 @@ cdef class FuseConnection:
             fuse_work(&self.c, reply)
         free(reply)
 
-    def retry(self):
-        """Have what waits for suspended devices tried again and again, until stop() is called."""
-        with nogil:
-            fuse_retry(&self.c)
+    def retry(self, given_up):
+        """Have what waits for suspended devices tried again and again, until stop() is called.
+
+        Before each attempt given_up(unique, thread) is asked, with the request's number and the
+        thread that made it: where it says so, the request ends with EINTR. Only this takes requests
+        from those that wait, so that none passes unasked.
+        """
+        cdef uint8_t reply[FUSE_OUT_HEADER]
+        cdef fuse_request *r
+        cdef fuse_in_header *head
+        cdef size_t count
+        while not self.stopped:
+            with nogil:
+                count = fuse_wait_to_retry(&self.c)
+            for _ in range(count):
+                with nogil:
+                    r = queue_take(&self.c.waiting, False)
+                    head = <fuse_in_header *>request_bytes(r)
+                ends = False
+                try:
+                    ends = given_up(head.unique, head.pid)
+                finally:
+                    if ends:
+                        fuse_reply(&self.c, request_bytes(r), reply, 0, -EINTR)
+                        free(r)
+                    else:
+                        with nogil:
+                            queue_add(&self.c.slow, r)
 
     def take(self, uint64_t milliseconds):
         """Return the next request that is not about data, None if none comes in time."""
@@ -611,54 +635,6 @@ cdef class FuseConnection:
         finally:
             free(r)
         return message
-
-    def waiting(self):
-        """Return (request, thread that made it) of all that waits for a suspended device."""
-        cdef fuse_queue *q = &self.c.waiting
-        cdef fuse_in_header *head
-        cdef fuse_request *r
-        cdef uint64_t *found = NULL
-        cdef size_t count = 0, i
-        pthread_mutex_lock(&q.mutex)
-        r = q.first
-        while r != NULL:
-            count += 1
-            r = r.next
-        found = <uint64_t *>malloc((2 * count + 1) * sizeof(uint64_t))
-        r = q.first if found != NULL else NULL
-        for i in range(count if r != NULL else 0):
-            head = <fuse_in_header *>request_bytes(r)
-            found[2 * i] = head.unique
-            found[2 * i + 1] = head.pid
-            r = r.next
-        pthread_mutex_unlock(&q.mutex)
-        if found == NULL:
-            raise MemoryError("no memory for the requests of a file system")
-        try:
-            requests = [(found[2 * i], found[2 * i + 1]) for i in range(count)]
-        finally:
-            free(found)
-        return requests
-
-    def give_up(self, uint64_t unique):
-        """Answer a request that waits for a suspended device with EINTR."""
-        cdef uint8_t reply[FUSE_OUT_HEADER]
-        cdef fuse_queue *q = &self.c.waiting
-        cdef fuse_request **link = &q.first
-        cdef fuse_request *found = NULL
-        pthread_mutex_lock(&q.mutex)
-        while link[0] != NULL:
-            if (<fuse_in_header *>request_bytes(link[0])).unique == unique:
-                found = link[0]
-                link[0] = found.next
-                if found.next == NULL:
-                    q.end = link
-                break
-            link = &link[0].next
-        pthread_mutex_unlock(&q.mutex)
-        if found != NULL:
-            fuse_reply(&self.c, request_bytes(found), reply, 0, -EINTR)
-            free(found)
 
     def stop(self):
         """End serve(), work(), retry() and take() in their threads, after what is under way."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -119,10 +120,17 @@ THREADS = 4
 """So many take requests from the kernel; more of them spend their time on waking each other."""
 SLOW_THREADS = 4
 """So many wait for disks."""
-KILLED_SECONDS = 0.1
-"""How often it is looked whether a process that waits for a suspended device was killed."""
-FORGET_SECONDS = 10.0
-"""How long a request that was interrupted may take to meet a suspended device."""
+INTERRUPT_SECONDS = 1.0
+"""How often the kernel is asked whether a request that was interrupted is answered meanwhile."""
+
+NOT_FATAL = sum(
+    1 << number - 1
+    for number in (
+        *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
+        *(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+    )
+)
+"""Signals that end no process which neither catches nor ignores them (signal(7))."""
 
 
 class _Refused(Exception):
@@ -204,8 +212,8 @@ class FuseMount:
         Closing the descriptor ends all requests that are left, so that no program waits for ever.
         """
         files = _Files(self.mapper, connection, file)
-        jobs = [connection.serve] * self._readers
-        jobs += [connection.work] * SLOW_THREADS + [connection.retry]
+        jobs = [connection.serve] * self._readers + [connection.work] * SLOW_THREADS
+        jobs += [functools.partial(connection.retry, files.is_killed)]
         threads = [
             threading.Thread(target=self._do, args=(job, connection), name="cow-fuse", daemon=True)
             for job in jobs
@@ -288,17 +296,16 @@ class _Files:
         self._node_of: dict[Device, _Node] = {}
         self._opened: dict[int, list[DeviceFile]] = {}
         self._listings: dict[int, list[tuple[int, int, bytes]]] = {}
-        self._interrupted: dict[int, float] = {}
-        self._looked_at = 0.0
+        self._interrupted: dict[int, tuple[int, float]] = {}
 
     def answer_all(self) -> None:
         """Answer until the connection ends."""
         while not self.connection.stopped:
-            request = self.connection.take(100 if self._interrupted else 1000)
+            request = self.connection.take(1000)
             if request is not None:
                 self._answer(request)
-            if self._interrupted and time.monotonic() > self._looked_at + KILLED_SECONDS:
-                self._give_up_killed()
+            if self._interrupted:
+                self._forget_answered()
 
     def close(self) -> None:
         """Let go of the devices that are open."""
@@ -315,7 +322,7 @@ class _Files:
             return
         if opcode == INTERRUPT:
             (interrupted,) = struct.unpack_from("=Q", body)
-            self._interrupted[interrupted] = time.monotonic()
+            self._interrupted[interrupted] = (unique, time.monotonic())
             return
         code, answer = 0, b""
         try:
@@ -328,9 +335,16 @@ class _Files:
         except Exception:
             log.exception("request %d failed", opcode)
             code = errno.EIO
+        self._reply(unique, code, answer)
+
+    def _reply(self, unique: int, code: int, answer: bytes = b"") -> bool:
+        """Answer a request; False where the kernel wants no answer to it any more."""
         head = OUT_HEADER.pack(OUT_HEADER.size + len(answer), -code, unique)
-        with contextlib.suppress(OSError):  # unmounted, or nobody waits for it any more
+        try:
             os.write(self.file, head + answer)
+        except OSError:  # unmounted, or its process is gone
+            return False
+        return True
 
     # Names.
 
@@ -464,21 +478,26 @@ class _Files:
 
     # Requests that wait for a suspended device.
 
-    def _give_up_killed(self) -> None:
-        """End the requests of processes that were killed while they wait.
+    def is_killed(self, unique: int, thread: int) -> bool:
+        """Tell whether a request that waits for a suspended device is of a process that was killed.
 
         The kernel tells of any signal, once. Only one that kills counts: I/O on a device is not
         interrupted by others.
         """
-        self._looked_at = time.monotonic()
-        waiting = dict(self.connection.waiting())
-        for unique, since in list(self._interrupted.items()):
-            if unique in waiting:
-                if _is_killed(waiting[unique]):
-                    self.connection.give_up(unique)
-                    del self._interrupted[unique]
-            elif self._looked_at > since + FORGET_SECONDS:
-                del self._interrupted[unique]
+        return unique in self._interrupted and _is_killed(thread)
+
+    def _forget_answered(self) -> None:
+        """Forget interrupts of requests that are answered.
+
+        EAGAIN has the kernel repeat an INTERRUPT, and is refused where its request has ended.
+        """
+        now = time.monotonic()
+        for interrupted, (unique, since) in list(self._interrupted.items()):
+            if now > since + INTERRUPT_SECONDS:
+                if self._reply(unique, errno.EAGAIN):
+                    self._interrupted[interrupted] = (unique, now)
+                else:
+                    del self._interrupted[interrupted]
 
     _ANSWERS: ClassVar[dict[int, Callable[[_Files, int, bytes], bytes]]] = {
         LOOKUP: _lookup,
@@ -494,13 +513,20 @@ class _Files:
 
 
 def _is_killed(thread: int) -> bool:
-    """Tell whether a thread has a SIGKILL pending, as every signal that kills makes it."""
-    pending = 0
+    """Tell whether a signal is pending that ends a thread's process.
+
+    It is SIGKILL for any that does, except where an earlier signal, which need not end it, is
+    pending too. Source of the fields: proc_pid_status(5).
+    """
+    masks = dict.fromkeys(("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"), 0)
     with contextlib.suppress(OSError), open(f"/proc/{thread}/status", encoding="ascii") as status:
         for line in status:
-            if line.startswith(("SigPnd:", "ShdPnd:")):
-                pending |= int(line.split()[1], 16)
-    return bool(pending & 1 << signal.SIGKILL - 1)
+            name, _, value = line.partition(":")
+            if name in masks:
+                masks[name] = int(value, 16)
+    pending = masks["SigPnd"] | masks["ShdPnd"]
+    spared = masks["SigBlk"] | masks["SigIgn"] | masks["SigCgt"]
+    return bool(pending & ~spared & ~NOT_FATAL)
 
 
 def _close(file: DeviceFile) -> None:
