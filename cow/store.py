@@ -347,6 +347,7 @@ def _write_store(
         header = HEADER.pack(MAGIC, 1, VERSION, store.chunk_size)
         _pwrite(file, header.ljust(chunk_bytes, b"\0"), 0)
         os.fsync(file)
+        _sync_name(output)
     except BaseException:
         os.unlink(output)
         raise
@@ -361,6 +362,15 @@ def _pwrite(file: int, data: bytes, offset: int) -> None:
         done = os.pwrite(file, left, offset)
         left = left[done:]
         offset += done
+
+
+def _sync_name(path: str) -> None:
+    """Make the name of a new file durable, which its directory holds."""
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 class _File:

@@ -442,6 +442,21 @@ def test_every_state_of_a_repair(folder, seed, monkeypatch):
     count("disk states after a power cut", cuts.visited)
 
 
+@pytest.mark.parametrize("name", ["new", "./new", None])
+def test_the_name_of_a_repaired_store_is_durable(folder, name, monkeypatch):
+    (folder / "bad").write_bytes(store_bytes([(0, 2)], 1, size=8 * SECTOR))
+    synced = []
+
+    def fsync(file: int, real=os.fsync) -> None:
+        real(file)
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "fsync", fsync)
+    cow.store.repair("bad", name or folder / "new")
+    assert synced[-2:] == [str(folder / "new"), str(folder)]
+
+
 @pytest.mark.parametrize("kind", ["P", "PO"])
 @pytest.mark.parametrize("device", ["base", "snap0"])
 def test_every_state_of_an_overflow(folder, seed, kind, device):
