@@ -109,6 +109,7 @@ CHANGES: dict[str, tuple[Callable, Callable[[lvm.VolumeGroup], Any]]] = {
     "attach wiped": (split, lambda vg: vg.attach_snapshot("org", "s1")),
     "rename the origin": (two_snapshots, lambda vg: vg.rename_lv("org", "other")),
     "rename a snapshot": (two_snapshots, lambda vg: vg.rename_lv("s1", "other")),
+    "rename the VG": (two_snapshots, lambda vg: vg.rename("other")),
     "make a snapshot read-only": (two_snapshots, lambda vg: vg.change_lv("s1", permission="r")),
     "merge the last": (snapshot, lambda vg: vg.merge("s1")),
     "merge one of two": (two_snapshots, lambda vg: vg.merge("s1")),

@@ -111,7 +111,7 @@ class Program:
             *[self.write] * 6,
             *[self.create] * 3,
             *(self.remove, self.split, self.attach, self.merge, self.rename, self.extend),
-            *(self.permission, self.reactivate, self.reopen, self.reduce),
+            *(self.permission, self.reactivate, self.reopen, self.reduce, self.rename_vg),
         ]
         for number in range(steps):
             operation = self.rng.choice(operations)
@@ -204,6 +204,9 @@ class Program:
         for group in (self.model.attached, self.model.split):
             if name in group:
                 group[new] = group.pop(name)
+
+    def rename_vg(self) -> None:
+        self.vg.rename(f"v{next(self.names)}")
 
     def extend(self) -> None:
         name = self.some(self.model.attached)
@@ -318,6 +321,7 @@ def test_what_is_done_to_a_family_holds_writers_up_and_nothing_else(vg):
             vg.attach_snapshot(origin, "r", zero=True)
             vg.remove_lv("r")
             vg.rename_lv(origin, new)
+            vg.rename(f"vg-{new}")
             writer.more()
     last = writer.count
     assert content(vg, "kept") == before
@@ -747,6 +751,7 @@ def test_where_the_commit_fails_the_old_tables_stay(vg, monkeypatch):
         lambda: vg.split_snapshot("s"),
         lambda: vg.merge("s"),
         lambda: vg.rename_lv("org", "other"),
+        lambda: vg.rename("other"),
     ):
         with pytest.raises(lvm.LVMError, match="no commit today"):
             do()
@@ -850,7 +855,7 @@ def chunks_until(vg: lvm.VolumeGroup, extents: int, chunk: int) -> int:
     Wait for it to grow where it is full enough: nobody holds up a writer that is too fast.
     """
     while (now := vg.lv("s").extent_count) < extents:
-        used, rest = vg.mapper.status("vg-s").split(" ")[3].split("/")
+        used, rest = vg.mapper.status(vg.device("s").name).split(" ")[3].split("/")
         if 100 * int(used) > 70 * int(rest):
             poll(functools.partial(has_grown, vg, now))
             continue
@@ -873,6 +878,15 @@ def test_a_store_grows_when_it_is_fuller_than_the_threshold(vg):
     assert vg.device("org").pread(CHUNK, (chunk - 1) * CHUNK) == b"x" * CHUNK
     assert vg.mapper.device("vg-s-cow").sectors == vg.lv("s").sectors
     monitor.stop()
+
+
+def test_a_store_grows_in_a_vg_that_was_renamed(vg):
+    vg.create_snapshot("org", "s", extents=2)
+    monitor = vg.monitor(threshold=70, percent=20)
+    vg.rename("other")
+    chunks_until(vg, 3, 0)
+    monitor.stop()
+    assert vg.mapper.device("other-s-cow").sectors == vg.lv("s").sectors
 
 
 def test_a_store_that_can_hold_everything_grows_no_more(vg, caplog):

@@ -457,7 +457,7 @@ class VolumeGroup(ChangingVolumeGroup):
         self.report(f'Removed "{path}" from volume group "{self.name}"')
 
     def rename(self, new_name: str) -> None:
-        """Give the VG another name. None of its LVs may be active."""
+        """Give the VG another name, and the devices of its active LVs."""
         check_vg_name(new_name)
         if new_name == self.name:
             raise RequestError("Old and new volume group names must differ")

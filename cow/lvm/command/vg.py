@@ -206,8 +206,6 @@ def vgrename(command: Command) -> None:
         raise LVMError(error.strerror or "") from error
     command.scan(readonly=False)
     vg = command.vg(old)
-    if any(command.live.is_active(lv) for lv in vg.metadata.lvs):
-        raise LVMError(f'Volume group "{vg.name}" still has active LVs')
     vg.rename(new)
 
 
