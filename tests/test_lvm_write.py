@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import lvm as support
 from support.crash import FLUSH, Entry, read_log
+from support.faults import Failing, Fault
 from support.lvm import MDA, MIB, SECTOR, Disk, mda_header, sample
 
 import cow
@@ -662,8 +663,10 @@ class Recorded:
         for number, name in enumerate(self.names):
             dm.create(name, f"0 {PV_SECTORS} linear disk {number * PV_SECTORS}")
 
-    def record(self) -> None:
-        self.dm.load("disk", f"0 {2 * PV_SECTORS} log-writes {self.path} {self.log}")
+    def record(self, above: str = "linear") -> None:
+        """Begin; `above` is the type of what stands between the record and the PVs."""
+        self.dm.create("record", f"0 {2 * PV_SECTORS} log-writes {self.path} {self.log}")
+        self.dm.load("disk", f"0 {2 * PV_SECTORS} {above} record 0")
         self.dm.suspend("disk")
         self.dm.resume("disk")
 
@@ -671,6 +674,7 @@ class Recorded:
         self.dm.load("disk", f"0 {2 * PV_SECTORS} linear {self.path} 0")
         self.dm.suspend("disk")
         self.dm.resume("disk")
+        self.dm.remove("record")
         return read_log(self.log)
 
 
@@ -680,15 +684,13 @@ def small_vg(names: list[str], dm: cow.Mapper, **options) -> lvm.VolumeGroup:
     )
 
 
-def test_the_steps_of_a_change_and_the_barriers_between_them(tmp_path):
-    with cow.Mapper() as dm:
-        recorded = Recorded(tmp_path, dm)
-        with small_vg(recorded.names, dm) as vg:
-            recorded.record()
-            vg.create_lv("lv", extents=3)
-            entries = recorded.stop()
-    disk = Disk(recorded.path)
+def protocol(entries: list[Entry]) -> list[str]:
+    """Return what was written to the metadata areas, and where; of a header both slots.
+
+    Slot 0 always is what it was, or what slot 1 was.
+    """
     steps = []
+    known: dict[int, set[tuple[int, ...]]] = {}
     for entry in entries:
         pv, sector = divmod(entry.sector, PV_SECTORS)
         if entry.flags & FLUSH:
@@ -697,10 +699,22 @@ def test_the_steps_of_a_change_and_the_barriers_between_them(tmp_path):
             slots = [struct.unpack_from("<QQII", entry.data, at) for at in (40, 64)]
             steps.append(f"header {pv} {' '.join('-' if s[0] == 0 else str(s[0]) for s in slots)}")
             assert entry.data[:4] == struct.pack("<I", support.crc(entry.data[4:]))
-            assert slots[1] in ((0, 0, 0, 0), disk.slots(MDA)[0])
+            assert slots[0] in known.setdefault(pv, {slots[0]})
+            assert slots[1][0] or not any(slots[1])
+            known[pv].add(slots[1])
         elif entry.count:
             steps.append(f"text {pv} {(sector - 8) * SECTOR}")
-    assert steps == [
+    return steps
+
+
+def test_the_steps_of_a_change_and_the_barriers_between_them(tmp_path):
+    with cow.Mapper() as dm:
+        recorded = Recorded(tmp_path, dm)
+        with small_vg(recorded.names, dm) as vg:
+            recorded.record()
+            vg.create_lv("lv", extents=3)
+            entries = recorded.stop()
+    assert protocol(entries) == [
         "text 0 1536",
         "text 1 1536",
         "flush 0",
@@ -713,6 +727,29 @@ def test_the_steps_of_a_change_and_the_barriers_between_them(tmp_path):
         "flush 0",
         "header 1 1536 -",
         "flush 1",
+    ]
+
+
+def test_a_commit_that_cannot_be_flushed_is_taken_back_with_a_barrier_behind(tmp_path, failing):
+    """What was written and not flushed may be on the disk, and is what is then in force."""
+    with cow.Mapper() as dm:
+        recorded = Recorded(tmp_path, dm)
+        with small_vg(recorded.names[:1], dm) as vg:
+            recorded.record("failing")
+            Failing.fault = Fault("flush", 3)
+            with pytest.raises(lvm.LVMError, match="Failed to write VG vg"):
+                vg.create_lv("lv", extents=3)
+            assert Failing.fault.fired
+            assert vg.lvs() == []
+            entries = recorded.stop()
+    assert protocol(entries) == [
+        "text 0 1536",
+        "flush 0",
+        "header 0 512 1536",
+        "flush 0",
+        "header 0 1536 -",
+        "header 0 512 -",
+        "flush 0",
     ]
 
 
@@ -772,6 +809,14 @@ def test_a_change_is_reverted_where_active_work_fails(fail, tmp_path):
         vg.work = None
         vg.create_lv("lv", extents=1)
         assert vg.metadata.seqno == 2
+
+
+def test_a_change_is_in_force_when_the_devices_are_resumed(tmp_path):
+    with make_vg(make_disks(tmp_path)) as vg:
+        seen = []
+        vg.work = Work("resume, quietly", lambda: seen.append(vg.metadata.seqno))
+        vg.create_lv("lv", extents=1)
+        assert seen == [2]
 
 
 def test_a_change_that_failed_to_resume_is_made_all_the_same(tmp_path):
