@@ -58,6 +58,9 @@ class Image(_core.FileDevice):
             _lock(file, self.path, readonly)
         else:
             _relock(self._files[0], self.path)
+        self._map(file, readonly)
+
+    def _map(self, file: int, readonly: bool) -> None:
         status = os.fstat(file)
         file_size = os.lseek(file, 0, os.SEEK_END)
         size = bytes_of(sectors(file_size))
@@ -78,6 +81,12 @@ class Image(_core.FileDevice):
         """Open the file for writing too. The gate is held exclusively."""
         if not self.writable:
             self._attach(readonly=False)
+
+    def update_size(self) -> None:
+        """Be as large as the file, if that was made larger. The gate is held exclusively."""
+        file = self._files[-1]
+        if bytes_of(sectors(os.lseek(file, 0, os.SEEK_END))) > self.size:
+            self._map(file, readonly=not self.writable)
 
     def is_file(self, path: str) -> bool:
         """Whether `path` leads to the file that is open here."""

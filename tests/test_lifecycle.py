@@ -310,6 +310,44 @@ def test_an_image_opened_read_only_stays_so(dm, tmp_path):
     assert refused(dm.device("dev").pwrite, b"x", 0) == errno.EPERM
 
 
+def test_an_image_takes_over_the_size_of_a_file_that_was_made_larger(dm, tmp_path):
+    path = image(tmp_path / "a.img", stamp(0, 16, 1))
+    dev = dm.create("dev", f"0 16 linear {path} 0")
+    view = dev.view(0, SECTOR)
+    os.truncate(path, 32 * SECTOR + 100)
+    assert refused(dm.create, "other", f"0 32 linear {path} 0") == errno.EINVAL
+    found = dm.use(path)
+    with found.gate:
+        found.update_size()
+    dm.load("dev", f"0 32 linear {path} 0")
+    dm.suspend("dev")
+    dm.resume("dev")
+    dev.pwrite(stamp(31, 1, 2), 31 * SECTOR)
+    dev.pwrite(stamp(0, 1, 2), 0)
+    assert bytes(view) == dev.pread(SECTOR, 0) == stamp(0, 1, 2)
+    assert dev.pread(15 * SECTOR, SECTOR) == stamp(1, 15, 1)
+    assert dev.pread(16 * SECTOR, 16 * SECTOR) == bytes(15 * SECTOR) + stamp(31, 1, 2)
+
+
+@pytest.mark.parametrize("size", [8 * SECTOR, 16 * SECTOR + 511])
+def test_an_image_keeps_its_size_where_its_file_has_no_sector_more(dm, tmp_path, size):
+    path = image(tmp_path / "a.img", 16)
+    found = dm.image(path)
+    os.truncate(path, size)
+    with found.gate:
+        found.update_size()
+    assert found.sectors == 16
+
+
+def test_an_image_that_grows_as_it_is_written_has_its_size_already(dm, tmp_path):
+    path = image(tmp_path / "a.img", 16)
+    found = dm.image(path, size=64 * SECTOR)
+    os.truncate(path, 32 * SECTOR)
+    with found.gate:
+        found.update_size()
+    assert found.sectors == 64
+
+
 def test_a_growing_image_gets_its_file_as_it_is_written(dm, tmp_path):
     origin, store = image(tmp_path / "b.img", 4096), image(tmp_path / "c.img", 16)
     dm.image(store, size=4096 * SECTOR)

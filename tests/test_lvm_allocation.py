@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from support.lvm import DATA
@@ -29,7 +30,7 @@ def make_vg(counts: list[int], extent_size: int = 2048) -> VolumeGroupMetadata:
     vg = VolumeGroupMetadata("vg", new_id(), extent_size=extent_size)
     for number, count in enumerate(counts):
         pv = PhysicalVolume(f"pv{number}", new_id(), pe_start=2048, pe_count=count)
-        pv.device = object()
+        pv.device = SimpleNamespace(size=(2048 + count * extent_size) * 512)
         vg.pvs.append(pv)
     return vg
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from unittest.mock import sentinel
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,7 +80,7 @@ version = 1
 def vg() -> VolumeGroupMetadata:
     """A VG with a snapshot, in which nothing is wrong."""
     found = vg_from_text(parse(TEXT.encode()))
-    found.pvs[0].device = sentinel.device
+    found.pvs[0].device = SimpleNamespace(size=819200 * 512)
     assert problems(found) == []
     assert change_problem(found) is None
     return found
@@ -121,6 +121,7 @@ WRONG = {
         lambda vg: (setattr(vg, "max_pv", 1), vg.pvs.append(vg.pvs[0])),
         "Maximum number of physical volumes (1) exceeded",
     ),
+    "a device too small": (lambda vg: setattr(vg.pvs[0].device, "size", 512), "do not fit on 1 se"),
     "a PV too small": (lambda vg: setattr(vg.pvs[0], "dev_size", 8192), "do not fit on 8192"),
     "half a creation": (lambda vg: setattr(org(vg), "creation_time", 7), "belong together"),
     "too many extents": (

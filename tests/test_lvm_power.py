@@ -116,6 +116,7 @@ CHANGES = {
     "lvreduce": (two_lvs, lambda vg: vg.reduce_lv("lv", extents=1)),
     "lvchange": (two_lvs, lambda vg: vg.change_lv("lv", permission="r", add_tags=["t"])),
     "vgrename and back": (two_lvs, lambda vg: (vg.rename("b"), vg.rename("vg"))),
+    "pvresize": (two_lvs, lambda vg: vg.resize_pv("pv0")),
     "vgextend": (one_pv, lambda vg: vg.extend(["pv1"], **SMALL)),
     "vgreduce": (one_empty_pv, lambda vg: vg.reduce("pv1")),
     "vgexport and vgimport": (two_lvs, lambda vg: (vg.export_vg(), vg.import_vg())),

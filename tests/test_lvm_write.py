@@ -5,6 +5,7 @@ The real lvm2 looks at it too: `pvck --dump` reads plain files.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import struct
@@ -595,6 +596,99 @@ def test_a_removed_vg_leaves_orphans(tmp_path):
         assert len(found.pvs) == 2
     with lvm.create_vg("again", [str(disk) for disk in disks]) as vg:
         assert vg.metadata.seqno == 1
+
+
+def test_a_pv_grows_with_its_image_while_its_lvs_are_used(tmp_path):
+    (disk,) = make_disks(tmp_path, 1)
+    with make_vg([disk]) as vg:
+        vg.create_lv("lv", extents=15)
+        vg.activate()
+        device = vg.device("lv")
+        device.pwrite(b"a" * MIB, 0)
+        os.truncate(disk.path, 128 * MIB)
+        with pytest.raises(lvm.NoSpaceError):
+            vg.extend_lv("lv", extents=31)
+        vg.resize_pv(str(disk))
+        assert vg.said[-1] == f'Physical volume "{disk}" changed'
+        vg.extend_lv("lv", extents=31)
+        device.pwrite(b"z" * MIB, device.size - MIB)
+        assert device.pread(MIB, 0) == b"a" * MIB
+    assert disk.read(MIB, MIB) == b"a" * MIB
+    assert disk.read(MIB + 31 * 4 * MIB - MIB, MIB) == b"z" * MIB
+
+
+def test_a_pv_becomes_smaller_and_its_size_is_written_as_lvm_does_it(tmp_path):
+    """LVM 2.03.16 writes dev_size = 86016 when a PV is resized to 43 MiB, 88064 sectors."""
+    (disk,) = make_disks(tmp_path, 1)
+    with make_vg([disk]) as vg:
+        vg.resize_pv(str(disk), size=43 * MIB)
+        assert (vg.pvs[0].pe_start, vg.pvs[0].pe_count, vg.pvs[0].dev_size) == (2048, 10, 86016)
+        vg.resize_pv(str(disk), size=41 * MIB)
+        assert vg.problems() == []
+        vg.create_lv("lv", extents=10)
+        with pytest.raises(lvm.InUse, match="cannot resize to 9 extents as 10 are allocated"):
+            vg.resize_pv(str(disk), size=40 * MIB)
+        assert (vg.metadata.seqno, vg.pvs[0].pe_count) == (4, 10)
+
+
+def test_more_extents_than_a_pv_says_it_has_room_for_are_a_problem(tmp_path):
+    with make_vg(make_disks(tmp_path, 1)) as vg:
+        vg.pvs[0].dev_size = 15 * vg.metadata.extent_size - 1
+        (problem,) = vg.problems()
+        assert problem.endswith("15 extents do not fit on 122879 sectors.")
+
+
+WRONG_SIZES = {
+    1 * MIB: "Size must exceed minimum of 4096 sectors on PV",
+    4 * MIB: "Size must exceed physical extent start of 16384 sectors on PV",
+    8 * MIB: "Size must ",
+    64 * MIB + 1: "67108865 bytes are more than the device has",
+}
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["orphan", "of a VG"])
+@pytest.mark.parametrize("size", WRONG_SIZES)
+def test_a_pv_does_not_get_a_size_it_cannot_have(size, used, tmp_path):
+    (disk,) = make_disks(tmp_path, 1)
+    lvm.create_pv(str(disk), data_alignment=8 * MIB)
+    if used:
+        lvm.create_vg("vg", [str(disk)]).close()
+    before = disk.path.read_bytes()
+    with pytest.raises(lvm.LVMError, match=WRONG_SIZES[size]):
+        resize(str(disk), size, used=used)
+    assert disk.path.read_bytes() == before
+
+
+def resize(path: str, size: int, *, used: bool) -> None:
+    """Resize a PV of a VG, or one that no VG has."""
+    if not used:
+        lvm.resize_pv(path, size=size)
+        return
+    with lvm.VolumeGroup.open([path]) as vg:
+        vg.resize_pv(path, size=size)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["orphan", "of a VG"])
+def test_a_second_metadata_area_is_not_moved(used, tmp_path):
+    (disk,) = make_disks(tmp_path, 1)
+    lvm.create_pv(str(disk), metadata_copies=2)
+    if used:
+        lvm.create_vg("vg", [str(disk)]).close()
+    before = disk.path.read_bytes()
+    with pytest.raises(lvm.LVMError, match="its second metadata area, at the end, cannot be moved"):
+        resize(str(disk), 40 * MIB, used=used)
+    assert disk.path.read_bytes() == before
+
+
+def test_only_a_pv_is_resized_and_one_of_a_vg_by_its_vg(tmp_path):
+    disks = make_disks(tmp_path)
+    with pytest.raises(lvm.PVNotFound, match="Failed to find physical volume"):
+        lvm.resize_pv(str(disks[0]))
+    vg = make_vg(disks[:1])
+    with vg, pytest.raises(lvm.PVNotFound, match="Failed to find physical volume"):
+        vg.resize_pv(str(disks[1]))
+    with pytest.raises(lvm.InUse, match="physical volume not resized"):
+        lvm.resize_pv(str(disks[0]))
 
 
 def test_a_vg_is_renamed(tmp_path):

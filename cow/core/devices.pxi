@@ -537,8 +537,8 @@ cdef class FileDevice(BlockDevice):
     def attach(self, int fd, uint64_t size, uint64_t file_size, bint writable, bint sparse):
         """Map `size` bytes of the open file `fd`, whose descriptor stays the caller's.
 
-        Called again with a writable descriptor it replaces a read-only mapping. The gate is held
-        exclusively then.
+        Called again with a writable descriptor it replaces a read-only mapping, with a larger size
+        a smaller one. The gate is held exclusively then.
         """
         cdef statfs status
         cdef void *base

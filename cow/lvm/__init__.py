@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         VGNotWritable,
     )
     from cow.lvm.group import Scan, VolumeGroup, scan
-    from cow.lvm.manage import create_pv, create_vg, remove_pv, restore_vg
+    from cow.lvm.manage import create_pv, create_vg, remove_pv, resize_pv, restore_vg
 
 __all__ = [
     "AlreadyExists",
@@ -38,6 +38,7 @@ __all__ = [
     "create_pv",
     "create_vg",
     "remove_pv",
+    "resize_pv",
     "restore_vg",
     "scan",
 ]
@@ -48,6 +49,7 @@ _MODULES = {
     "create_pv": "manage",
     "create_vg": "manage",
     "remove_pv": "manage",
+    "resize_pv": "manage",
     "restore_vg": "manage",
     "scan": "group",
 }

@@ -22,7 +22,7 @@ from cow.lvm.metadata import (
     segment_lvs,
 )
 from cow.lvm.names import ID_LENGTH, fits, is_name, is_tag
-from cow.units import is_power_of_2
+from cow.units import is_power_of_2, sectors
 
 VG_STATUS: Final = frozenset(
     "RESIZEABLE READ WRITE EXPORTED PVMOVE CLUSTERED SHARED PARTIAL PRECOMMITTED".split()
@@ -218,8 +218,13 @@ def _writing_problems(vg: VolumeGroupMetadata) -> Iterator[str]:
     if vg.max_pv and len(vg.pvs) > vg.max_pv:
         yield f"Maximum number of physical volumes ({vg.max_pv}) exceeded for {vg.name}"
     for pv in vg.pvs:
-        if pv.dev_size is not None and pv.pe_start + pv.pe_count * vg.extent_size > pv.dev_size:
+        # pvresize writes a dev_size without what is before the extents.
+        extents = pv.pe_count * vg.extent_size
+        if pv.dev_size is not None and extents > pv.dev_size:
             yield f"PV {pv}: {pv.pe_count} extents do not fit on {pv.dev_size} sectors."
+        elif pv.device is not None and pv.pe_start + extents > sectors(pv.device.size):
+            size = sectors(pv.device.size)
+            yield f"PV {pv}: {pv.pe_count} extents do not fit on {size} sectors."
     for lv in vg.lvs:
         if (lv.creation_time is None) is not (lv.creation_host is None):
             yield f"LV {lv.name}: creation_time and creation_host belong together."

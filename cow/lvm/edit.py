@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cow.lvm.allocation import PVRange, allocate, append_segment
+from cow.lvm.allocation import PVRange, allocate, append_segment, free_areas
 from cow.lvm.create import Report, check_policy, set_permission
 from cow.lvm.errors import AlreadyExists, InUse, LVMError, LVNotFound, NoSpaceError, RequestError
 from cow.lvm.metadata import (
     MAX_EXTENTS,
     NOT_LV_KEYS,
     LogicalVolume,
+    PhysicalVolume,
     Segment,
     VolumeGroupMetadata,
     segment_lvs,
@@ -18,6 +19,7 @@ from cow.lvm.metadata import (
 from cow.lvm.names import RESERVED_PARTS, check_lv_name, check_tag, fits, is_name
 from cow.lvm.size import display_size
 from cow.lvm.text import Section
+from cow.units import bytes_of
 
 ALIGNMENT_OF_READ_AHEAD = 8
 """Sectors: a page of 4 KiB."""
@@ -348,6 +350,32 @@ def remove_pv(vg: VolumeGroupMetadata, pv_id: str) -> None:
             f'Can\'t remove final physical volume "{pv.path}" from volume group "{vg.name}"'
         )
     vg.pvs.remove(pv)
+
+
+def resize_pv(vg: VolumeGroupMetadata, pv: PhysicalVolume, size: int) -> None:
+    """Give a PV the extents that fit into `size` sectors; LVMError if others are in use.
+
+    As LVM writes it, dev_size is then without what is before the extents.
+    """
+    if size < pv.pe_start:
+        raise LVMError(
+            f"Size must exceed physical extent start of {pv.pe_start} sectors on PV {pv.path}."
+        )
+    if any(mda.start > bytes_of(pv.pe_start) for mda in pv.mdas):
+        raise LVMError(f"{pv.path}: its second metadata area, at the end, cannot be moved.")
+    extents = (size - pv.pe_start) // vg.extent_size
+    if not extents:
+        raise LVMError(
+            f"Size must leave space for at least one physical extent of {vg.extent_size} sectors"
+            f" on PV {pv.path}."
+        )
+    free = [area for area in free_areas(vg) if area.pv is pv]
+    used = pv.pe_count - sum(area.count for area in free)
+    last = free[-1].start if free and free[-1].end == pv.pe_count else pv.pe_count
+    if extents < last:
+        which = "later ones" if extents >= used else f"{used}"
+        raise InUse(f"{pv.path}: cannot resize to {extents} extents as {which} are allocated.")
+    pv.pe_count, pv.dev_size = extents, size - pv.pe_start
 
 
 def set_exported(vg: VolumeGroupMetadata, exported: bool) -> None:

@@ -490,9 +490,11 @@ class VolumeGroup(ChangingVolumeGroup):
     def _make_orphans(members: Sequence[PVDevice]) -> None:
         """Let the labels of PVs say that they belong to nobody, and forget the metadata on them.
 
-        In this order: what a crash in between leaves is an outdated PV, which vgck clears.
+        In this order: what a crash in between leaves is an outdated PV, which vgck clears. They are
+        as large as their devices again.
         """
         for found in members:
+            found.label.device_size = found.device.size
             set_used(found, False)
         flush_devices(found.device for found in members)
         for found in members:

@@ -27,7 +27,9 @@ from cow.lvm.pv import (
     make_pv,
     make_pvs,
     new_pv,
+    resize_unused,
     set_used,
+    size_of,
     unmake_pv,
 )
 from cow.lvm.text import parse
@@ -140,6 +142,35 @@ def remove_pv(
     finally:
         devices.close()
     report(f'Labels on physical volume "{path}" successfully wiped.')
+
+
+def resize_pv(
+    path: str,
+    *,
+    mapper: Mapper | None = None,
+    others: Iterable[str] = (),
+    size: int | None = None,
+    report: Report = log.info,
+) -> None:
+    """Let a PV that no VG has be as large as its device, or `size` bytes.
+
+    `others` are further devices, whose metadata may name the PV: InUse. One of a VG is resized with
+    VolumeGroup.resize_pv.
+    """
+    devices = Devices(mapper)
+    try:
+        device = devices.open(path)
+        devices.open_all(others)
+        findings = scan_devices(devices.items())
+        pvs = (*findings.devices, *findings.duplicates)
+        found = next((each for each in pvs if each.device is device), None)
+        if found is None:
+            raise PVNotFound(f'Failed to find physical volume "{path}".')
+        check_unused(found, "physical volume not resized.")
+        resize_unused(found, size_of(device) if size is None else size)
+    finally:
+        devices.close()
+    report(f'Physical volume "{path}" changed')
 
 
 def create_vg(

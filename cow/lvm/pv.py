@@ -171,6 +171,24 @@ def unmake_pv(found: PVDevice) -> None:
     found.device.flush()
 
 
+def resize_unused(found: PVDevice, size: int) -> None:
+    """Write another size, in bytes, into the label of a PV that no VG has."""
+    check_pv_size(found.path, sectors(size))
+    label = found.label
+    if size > size_of(found.device):
+        raise LVMError(f"{found.path}: {size} bytes are more than the device has.")
+    if label.data_areas and size <= label.data_areas[0].offset:
+        raise LVMError(
+            "Size must exceed physical extent start of"
+            f" {sectors(label.data_areas[0].offset)} sectors on PV {found.path}."
+        )
+    if any(region.offset > MDA_START for region in label.metadata_areas):
+        raise LVMError(f"{found.path}: its second metadata area, at the end, cannot be moved.")
+    label.device_size = size // SECTOR_SIZE * SECTOR_SIZE
+    write_label(found.device, label)
+    found.device.flush()
+
+
 def set_used(found: PVDevice, used: bool) -> None:
     """Write into a label, as the extension of today has it, whether the PV belongs to a VG."""
     label = found.label
@@ -178,6 +196,20 @@ def set_used(found: PVDevice, used: bool) -> None:
     flags = label.extension_flags & ~EXTENSION_USED
     label.extension_flags = flags | (EXTENSION_USED if used else 0)
     write_label(found.device, label)
+
+
+def check_pv_size(path: str, size: int) -> None:
+    """Refuse to resize a PV to a size, in sectors, that LVM does not have."""
+    if size < sectors(MIN_PV_SIZE):
+        raise LVMError(f"Size must exceed minimum of {sectors(MIN_PV_SIZE)} sectors on PV {path}.")
+
+
+def size_of(device: _core.BlockDevice) -> int:
+    """Return the size of a device in bytes; an open image grows with its file first."""
+    if isinstance(device, Image):
+        with device.gate:
+            device.update_size()
+    return device.size
 
 
 def new_pv(found: PVDevice, extent_size: int) -> PhysicalVolume:

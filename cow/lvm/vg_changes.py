@@ -1,16 +1,18 @@
-"""What is changed about a VG itself, in its metadata alone."""
+"""What is changed about a VG itself and its PVs, in its metadata alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from cow.lvm import edit
-from cow.lvm.errors import InUse
+from cow.lvm.errors import InUse, LVMError, PVNotFound
+from cow.lvm.pv import check_pv_size, size_of
 from cow.lvm.snapshots import SnapshottingVolumeGroup
+from cow.units import sectors
 
 
 class ChangingVolumeGroup(SnapshottingVolumeGroup):
-    """The part of a VolumeGroup that changes properties of the VG."""
+    """The part of a VolumeGroup that changes properties of the VG and of its PVs."""
 
     def change_vg(
         self,
@@ -46,6 +48,25 @@ class ChangingVolumeGroup(SnapshottingVolumeGroup):
             for pv in new.missing_pvs:
                 edit.remove_pv(new, pv.id)
         self.report(f"Wrote out consistent volume group {self.name}.")
+
+    def resize_pv(self, path: str, *, size: int | None = None) -> None:
+        """Let a PV have the extents that fit on its device, or into `size` bytes of it.
+
+        LVMError if others are in use. An image may have been made larger while LVs on it are used.
+        """
+        found = next((pv for pv in self.metadata.pvs if pv.path == path), None)
+        if found is None or found.device is None:
+            raise PVNotFound(f'Failed to find physical volume "{path}".')
+        there = size_of(found.device)
+        wanted = there if size is None else size
+        if wanted > there:
+            raise LVMError(f"{path}: {wanted} bytes are more than the device has.")
+        check_pv_size(path, sectors(wanted))
+        with self.change(f"pvresize {path}") as new:
+            pv = new.pv_with_id(found.id)
+            assert pv is not None
+            edit.resize_pv(new, pv, sectors(wanted))
+        self.report(f'Physical volume "{path}" changed')
 
     def export_vg(self) -> None:
         """Let nobody use the VG until it is imported. None of its LVs may be active."""

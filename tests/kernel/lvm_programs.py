@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,8 @@ class Author:
         self.steps: list[Step] = []
         self.kept: dict[str, Model] | None = None
         """What the backup has, if there is one."""
+        self.two_areas: set[str] = set()
+        """Disks with a metadata area at the end too; those PVs `cow lvm` does not resize."""
 
     def begin(self) -> list[Step]:
         """Write the steps that make the VG."""
@@ -90,6 +93,7 @@ class Author:
                     ("--dataalignment", "128k"),
                 )
             )
+        self.note_areas(more, *disks)
         self.lvm("vgcreate", "-s", f"{self.extent}k", *more, VG, *disks)
         return self.taken()
 
@@ -158,6 +162,7 @@ class Author:
             self.vgchange: 2,
             self.vgck: 3,
             self.vgextend: 3,
+            self.pvresize: 3,
             self.spare: 3,
             self.backup: 3,
             self.restore: 4,
@@ -467,9 +472,24 @@ class Author:
     def vgextend(self) -> None:
         if self.pvs < len(DISKS):
             words = self.random.choice(NEW_PV_OPTIONS) if self.random.random() < 0.4 else ()
+            self.note_areas(words, list(DISKS)[self.pvs])
             self.lvm("vgextend", *words, VG, list(DISKS)[self.pvs])
             self.pvs += 1
             self.kept = None  # the real lvm2 leaves the newer metadata on a PV that goes
+
+    def note_areas(self, words: Sequence[str], *disks: str) -> None:
+        if "2" in words:
+            self.two_areas |= {*disks}
+
+    def pvresize(self) -> None:
+        """Let a PV have another size, or that of its disk."""
+        disk = self.random.choice(list(DISKS))
+        if disk in self.two_areas:
+            return
+        words = ["-y"] if self.random.random() < 0.5 else []
+        if words:
+            words += ["--setphysicalvolumesize", f"{self.random.randrange(1, DISKS[disk] + 1)}m"]
+        self.lvm("pvresize", *words, disk)
 
     def spare(self) -> None:
         """Make a PV of a disk that is in no VG, or unmake it."""
@@ -477,7 +497,9 @@ class Author:
             return
         disk = list(DISKS)[self.pvs]
         if self.random.random() < 0.6:
-            self.lvm("pvcreate", *self.random.choice(PV_OPTIONS), disk)
+            words = self.random.choice(PV_OPTIONS)
+            self.note_areas(words, disk)
+            self.lvm("pvcreate", *words, disk)
             if self.random.random() < 0.3:
                 self.lvm("pvs", "-o", "name,pe_start,mda_count,mda_size,ba_start,ba_size", disk)
         else:

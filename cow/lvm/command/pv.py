@@ -1,8 +1,11 @@
-"""pvcreate, pvremove, pvck."""
+"""pvcreate, pvresize, pvremove, pvck."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 from cow import _core
 from cow.errors import CowOSError
@@ -10,7 +13,7 @@ from cow.lvm import manage
 from cow.lvm.command import dump
 from cow.lvm.command.command import Command
 from cow.lvm.errors import LVMError, RequestError
-from cow.lvm.pv import PVOptions
+from cow.lvm.pv import PVOptions, size_of
 from cow.units import bytes_of, sectors
 
 
@@ -86,6 +89,57 @@ def _check_size(command: Command, name: str) -> None:
     if not command.confirm(f"WARNING: {name}: {text} Proceed?"):
         raise LVMError(f"{name}: physical volume not initialized.")
     command.warn(f"WARNING: Faking size of PV {name}. Don't write outside real device.")
+
+
+def pvresize(command: Command) -> None:
+    """Let PVs be as large as their devices, or as --setphysicalvolumesize says."""
+    named = [name for each in command.args for name in command.existing([each])]
+    scan = command.scan(readonly=False)
+    found = {name: command.pv(name) for name in named}
+    done: Counter[bool] = Counter()
+    for vg in reversed(scan.vgs):
+        of_vg = [pv.path for pv in found.values() if pv is not None and pv.vg_id == vg.id]
+        for pv in [pv for pv in vg.pvs if pv.path in of_vg]:
+            if "EXPORTED" in vg.metadata.status:
+                command.fail(f"Cannot use PV {pv.path} in exported VG {vg.name}.")
+            elif pv.device is not None:
+                done[_resized(command, pv.path, size_of(pv.device), vg.resize_pv)] += 1
+    for name, orphan in found.items():
+        if orphan is None:
+            command.fail(f'Failed to find physical volume "{name}".')
+        elif not orphan.vg_name:
+            resize = partial(
+                manage.resize_pv,
+                mapper=command.mapper,
+                others=command.other_devices([name]),
+                report=command.report,
+            )
+            path = command.shell.path(name)
+            done[_resized(command, path, size_of(orphan.device), resize)] += 1
+    command.say(
+        f"{done[True]} physical volume(s) resized or updated"
+        f" / {done[False]} physical volume(s) not resized"
+    )
+
+
+def _resized(command: Command, path: str, device_size: int, resize: Callable[..., None]) -> bool:
+    """Resize a PV, when it has been asked whether that is meant; tell whether it was done."""
+    size = bytes_of(command.options.get("setphysicalvolumesize", 0)) or device_size
+    shown = command.size(sectors(size)), command.size(sectors(device_size))
+    question = f"{path}: Requested size {shown[0]} is less than real size {shown[1]}. Proceed? "
+    try:
+        if size < device_size and not command.confirm(question):
+            raise LVMError(f"Physical Volume {path} not resized.")
+        if size < device_size:
+            command.warn(
+                f"WARNING: {path}: Pretending size is {sectors(size)} not {sectors(device_size)}"
+                " sectors."
+            )
+        resize(path, size=size)
+    except CowOSError as error:
+        command.fail_with(error)
+        return False
+    return True
 
 
 def pvremove(command: Command) -> None:

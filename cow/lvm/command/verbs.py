@@ -211,6 +211,14 @@ VERBS: Final = (
         least=1,
     ),
     Verb(
+        "pvresize",
+        "resize physical volumes",
+        ("PV ...",),
+        "setphysicalvolumesize=size",
+        "pv.pvresize",
+        least=1,
+    ),
+    Verb(
         "pvs",
         "display information about physical volumes",
         ("[ PV|Tag ... ]",),
