@@ -80,8 +80,6 @@ cdef class Gate:
         self.g.power = power
 
     def __dealloc__(self):
-        port_event_destroy(&self.g.events)
-        port_event_destroy(&self.g.changes)
         port_rwlock_destroy(&self.g.lock)
 
     @property
@@ -144,9 +142,6 @@ cdef class Family:
         port_event_init(&self.f.arrivals)
 
     def __dealloc__(self):
-        port_event_destroy(&self.f.arrivals)
-        port_event_destroy(&self.f.commits)
-        port_event_destroy(&self.f.merge_steps)
         pthread_mutex_destroy(&self.f.commit)
         pthread_mutex_destroy(&self.f.prepare)
         port_rwlock_destroy(&self.f.map)
@@ -181,7 +176,6 @@ cdef class BlockDevice:
 
     def __dealloc__(self):
         pthread_mutex_destroy(&self.d.grow_mutex)
-        port_event_destroy(&self.d.events)
 
     @property
     def size(self):

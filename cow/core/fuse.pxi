@@ -130,7 +130,6 @@ cdef void queue_destroy(fuse_queue *q) noexcept nogil:
         r = q.first
         q.first = r.next
         free(r)
-    port_event_destroy(&q.arrivals)
     pthread_mutex_destroy(&q.mutex)
 
 

@@ -9,13 +9,17 @@
 #define COW_PORT_H
 
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
+#include <linux/futex.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
@@ -298,41 +302,38 @@ static uint64_t port_microseconds(void)
 	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
-/* A counter others wait on: device events, the mapper's changes, merge steps. */
+/* A counter others wait on: device events, the mapper's changes, merge steps.
+ *
+ * No mutex: whoever is woken would only queue for it. A raise counts first and then looks for
+ * waiters; a waiter says that it is there and then looks at the count, and the kernel once more.
+ */
 typedef struct port_event {
 	uint64_t count;
-	pthread_mutex_t mutex;
-	pthread_cond_t changed;
+	uint32_t waiters;
 } port_event;
 
 static void port_event_init(port_event *e)
 {
-	pthread_condattr_t attr;
 	e->count = 0;
-	pthread_mutex_init(&e->mutex, NULL);
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&e->changed, &attr);
-	pthread_condattr_destroy(&attr);
-}
-
-static void port_event_destroy(port_event *e)
-{
-	pthread_cond_destroy(&e->changed);
-	pthread_mutex_destroy(&e->mutex);
+	e->waiters = 0;
 }
 
 static uint64_t port_event_count(port_event *e)
 {
-	return __atomic_load_n(&e->count, __ATOMIC_ACQUIRE);
+	return __atomic_load_n(&e->count, __ATOMIC_SEQ_CST);
+}
+
+/* The half of the count that the kernel compares; 2^32 raises do not happen in between. */
+static uint32_t *port_event_futex(port_event *e)
+{
+	return (uint32_t *)&e->count + (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__);
 }
 
 static void port_event_raise(port_event *e)
 {
-	pthread_mutex_lock(&e->mutex);
-	__atomic_fetch_add(&e->count, 1, __ATOMIC_ACQ_REL);
-	pthread_cond_broadcast(&e->changed);
-	pthread_mutex_unlock(&e->mutex);
+	__atomic_fetch_add(&e->count, 1, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&e->waiters, __ATOMIC_SEQ_CST))
+		syscall(SYS_futex, port_event_futex(e), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
 /* Wait until the count differs from `seen` or `microseconds` have passed; return the count. */
@@ -346,13 +347,14 @@ static uint64_t port_event_wait(port_event *e, uint64_t seen, uint64_t microseco
 		until.tv_nsec -= 1000000000L;
 		until.tv_sec++;
 	}
-	pthread_mutex_lock(&e->mutex);
-	while (e->count == seen)
-		if (pthread_cond_timedwait(&e->changed, &e->mutex, &until) == ETIMEDOUT)
+	__atomic_fetch_add(&e->waiters, 1, __ATOMIC_SEQ_CST);
+	while (port_event_count(e) == seen)
+		if (syscall(SYS_futex, port_event_futex(e), FUTEX_WAIT_BITSET_PRIVATE,
+			    (uint32_t)seen, &until, NULL, FUTEX_BITSET_MATCH_ANY) &&
+		    errno == ETIMEDOUT)
 			break;
-	seen = e->count;
-	pthread_mutex_unlock(&e->mutex);
-	return seen;
+	__atomic_fetch_sub(&e->waiters, 1, __ATOMIC_SEQ_CST);
+	return port_event_count(e);
 }
 
 #endif

@@ -38,7 +38,6 @@ cdef extern from "port.h" nogil:
     ctypedef struct port_event:
         pass
     void port_event_init(port_event *e)
-    void port_event_destroy(port_event *e)
     uint64_t port_event_count(port_event *e)
     void port_event_raise(port_event *e)
     uint64_t port_event_wait(port_event *e, uint64_t seen, uint64_t microseconds)
