@@ -367,6 +367,8 @@ def pvdisplay(command: Command) -> None:
             command.print(_pv_colons(row))
         elif row.pv is None:
             command.print("\n".join(_orphan_lines(command, row)))
+            if command.options.has("maps"):
+                command.print(" ")
         else:
             command.print("\n".join(_pv_lines(command, row)))
             if command.options.has("maps") and row.vg is not None:

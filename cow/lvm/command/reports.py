@@ -281,41 +281,39 @@ def pv_list(command: Command, base: Row) -> Iterator[Row]:
         if command.options.has("all"):
             yield from (Row(base.live, path=path) for path in scan.without_label)
         return
-    found: list[Row] = []
-    for name in names:
-        if name.startswith("@"):
-            found += [row for row in everything if row.pv and name[1:] in row.pv.tags]
-            continue
+    tags = {name[1:] for name in names if name.startswith("@")}
+    devices = []
+    for name in (name for name in names if not name.startswith("@")):
         device = command.pv(name)
         if device is None:
             command.fail(f'Failed to find physical volume "{name}".', FAILED)
-            continue
-        found += [row for row in everything if row.device is device]
-    yield from dict.fromkeys(found)
+        else:
+            devices.append(device)
+    for row in everything:
+        if row.device in devices or (row.pv is not None and not tags.isdisjoint(row.pv.tags)):
+            yield row
 
 
 def all_pvs(command: Command, base: Row) -> Iterator[Row]:
-    """Yield a row for each PV: those of VGs, missing ones too, orphans, unchosen duplicates."""
+    """Yield a row for each PV: those of VGs, missing ones too, then orphans, unchosen duplicates.
+
+    VGs come as in Command.each_vg, and their PVs in the order of the metadata.
+    """
     scan = command.scan()
     seen: set[PVDevice] = set()
+    for vg in reversed(scan.vgs):
+        for row in vg_pvs(command, base, vg):
+            if row.device is not None:
+                seen.add(row.device)
+            yield row
     for each in scan.pvs:
-        for vg in scan.vgs:
-            pv = vg.metadata.pv_with_id(each.label.pv_id)
-            if pv is not None and pv.device is each.device:
-                seen.add(each)
-                yield Row(base.live, vg.metadata, pv=pv, device=each, show_hidden=base.show_hidden)
-                break
-        else:
+        if each not in seen:
             yield Row(base.live, device=each, show_hidden=base.show_hidden)
-    for vg in scan.vgs:
-        for pv in vg.metadata.pvs:
-            if pv.device is None:
-                yield Row(base.live, vg.metadata, pv=pv, show_hidden=base.show_hidden)
 
 
 def vg_pvs(command: Command, base: Row, vg: VolumeGroup) -> Iterator[Row]:
     """Yield a row for each PV of a VG, in the order of its metadata."""
-    devices = {each.label.pv_id: each for each in command.scan().pvs}
+    pvs = command.scan().pvs  # of duplicates the VG has one
     for pv in vg.metadata.pvs:
-        device = devices.get(pv.id) if pv.device is not None else None
+        device = next((each for each in pvs if each.device is pv.device), None)
         yield Row(base.live, vg.metadata, pv=pv, device=device, show_hidden=base.show_hidden)
