@@ -14,6 +14,8 @@ import pytest
 from support.lvm_machine import Machine
 from support.lvm_replay import Replay, names, records
 
+from cow import lvm
+
 DIFFERENT = {
     "lvs --config 'bad {'": "the parser has its own words for what it expected",
     "lvs --config report/compact_output=1": "LVM prints one more blank behind the headings",
@@ -149,3 +151,15 @@ def test_a_vg_that_is_not_activated_by_itself_is_passed_over_silently(machine):
     assert machine.mapper.names() == []
     machine("vgchange -ay vg")
     assert machine.mapper.names() == ["vg-lv"]
+
+
+def test_the_lock_type_none_is_that_of_a_local_vg(machine):
+    """LVM 2.03.16 writes it for `vgchange --lock-type none`, and tells then what it told before."""
+    columns = "vgs --noheadings --separator , -o vg_attr,vg_lock_type,vg_shared vg"
+    before = machine(columns)
+    with lvm.VolumeGroup.open(machine.devices, mapper=machine.mapper) as vg, vg.change("") as new:
+        new.lock_type = "none"
+    assert machine(columns) == before == "  wz--n-,,\n"
+    machine("lvcreate -l 1 -n other vg")
+    with lvm.VolumeGroup.open(machine.devices, mapper=machine.mapper) as vg:
+        assert vg.metadata.lock_type == "none"

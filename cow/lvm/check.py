@@ -62,7 +62,7 @@ def access_problem(vg: VolumeGroupMetadata) -> str | None:
             f"Cannot access VG {vg.name} with system ID {vg.system_id}"
             " with unknown local system ID."
         )
-    if vg.lock_type and vg.lock_type != "none":
+    if vg.needs_lockd:
         return f"Cannot access VG {vg.name} with lock type {vg.lock_type} that requires lvmlockd."
     if "CLUSTERED" in vg.status or "SHARED" in vg.status:
         return f"Cannot access clustered VG {vg.name}."

@@ -409,6 +409,11 @@ class VolumeGroupMetadata:
         return [lv for lv in self.lvs if _is_visible(lv, records.get(lv))]
 
     @property
+    def needs_lockd(self) -> bool:
+        """Whether other hosts may use the VG too, so that lvmlockd has to be asked."""
+        return self.lock_type not in (None, "none")
+
+    @property
     def extent_count(self) -> int:
         """Physical extents of all PVs."""
         return sum(pv.pe_count for pv in self.pvs)

@@ -44,8 +44,8 @@ from cow.lvm.report.values_pv import (
     visible_lvs,
 )
 
-NUMBER_OF_FORMAT = 772
-"""What lvm2 puts for the access of a VG in colon-separated output."""
+STATUS_BITS = {"EXPORTED": 2, "RESIZEABLE": 4, "ALLOCATABLE": 8, "READ": 256, "WRITE": 512}
+"""How lvm2 writes the words of a status in colon-separated output."""
 
 
 def _check_forms(command: Command, *forms: str) -> None:
@@ -253,10 +253,12 @@ def vgdisplay(command: Command) -> None:
 def _vg_colons(command: Command, vg: VolumeGroup) -> str:
     metadata = vg.metadata
     free = metadata.free_extents
+    writable = may_write(metadata.status, metadata.flags)
+    status = [word for word in metadata.status if word != "WRITE"] + ["WRITE"] * writable
     fields = [
         vg.name,
-        "r/w" if may_write(metadata.status, metadata.flags) else "r",
-        NUMBER_OF_FORMAT,
+        "r/w" if writable else "r",
+        sum(STATUS_BITS.get(word, 0) for word in status),
         -1,
         metadata.max_lv,
         visible_lvs(metadata),
@@ -363,6 +365,9 @@ def pvdisplay(command: Command) -> None:
         if row.pv is None:
             size = device_sectors(row)
             command.print(f'"{pv_name(row)}" is a new physical volume of "{command.size(size)}"')
+        elif row.vg is not None and _is_exported(row):
+            what = f'Physical volume "{pv_name(row)}" of volume group "{row.vg.name}"'
+            command.print(f"{what} is exported")
         if command.options.has("colon"):
             command.print(_pv_colons(row))
         elif row.pv is None:
@@ -375,16 +380,21 @@ def pvdisplay(command: Command) -> None:
                 command.print("\n".join(_pieces_lines(row.vg, row.pv)))
 
 
+def _is_exported(row: Row) -> bool:
+    return row.vg is not None and "EXPORTED" in row.vg.status
+
+
 def _pv_colons(row: Row) -> str:
     extents = row.pv.pe_count if row.pv else 0
     used = pv_used_extents(row)
+    allocatable = STATUS_BITS["ALLOCATABLE"] if row.pv and row.pv.allocatable else 0
     fields: Sequence[object] = [
         pv_name(row),
         row.vg.name if row.vg else "",
         device_sectors(row),
         -1,
-        8 if row.pv else 0,
-        8 if row.pv else 0,
+        allocatable + (STATUS_BITS["EXPORTED"] if _is_exported(row) else 0),
+        allocatable,
         -1,
         row.vg.extent_size // 2 if row.vg else 0,
         extents,
@@ -421,7 +431,7 @@ def _pv_lines(command: Command, row: Row) -> Iterator[str]:
     full = " (but full)" if used == row.pv.pe_count else " "
     yield "--- Physical volume ---"
     yield f"PV Name               {pv_name(row)}"
-    yield f"VG Name               {row.vg.name}"
+    yield f"VG Name               {row.vg.name}" + (" (exported)" if _is_exported(row) else "")
     yield f"PV Size               {shown}"
     yield "Allocatable           " + (f"yes{full}" if "ALLOCATABLE" in row.pv.status else "NO")
     yield f"PE Size               {command.size(row.vg.extent_size)}"

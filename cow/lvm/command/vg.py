@@ -181,6 +181,8 @@ def vgremove(command: Command) -> None:
     """Remove VGs with their LVs, which is asked about."""
     command.scan(readonly=False)
     for vg in command.each_vg(command.args):
+        if command.passes_over(vg, command.args):
+            continue
         count = sum(lv.visible for lv in vg.metadata.lvs)
         question = (
             f'Do you really want to remove volume group "{vg.name}" containing {count} logical'
@@ -258,8 +260,7 @@ def vgck(command: Command) -> None:
         except CowOSError as error:
             command.fail_with(error)
             continue
-        if "EXPORTED" in vg.metadata.status:
-            command.fail(f"Volume group {vg.name} is exported")
+        if command.passes_over(vg, command.args):
             continue
         for problem in vg.problems():
             command.fail(problem)

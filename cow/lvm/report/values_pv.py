@@ -131,7 +131,7 @@ def _of_pv(tell: Callable[[PhysicalVolume], Value], absent: Value) -> Values:
 def vg_attributes(vg: VolumeGroupMetadata) -> str:
     """Return the six letters of vg_attr."""
     policies = {"contiguous": "c", "cling": "l", "normal": "n", "anywhere": "a"}
-    shared = "c" if "CLUSTERED" in vg.status else "s" if vg.lock_type else "-"
+    shared = "c" if "CLUSTERED" in vg.status else "s" if vg.needs_lockd else "-"
     return "".join(
         (
             "w" if may_write(vg.status, vg.flags) else "r",
@@ -207,12 +207,12 @@ VG_VALUES: Final[dict[str, Values]] = {
     "vg_partial": _of_vg(lambda vg: bool(vg.missing_pvs), False),
     "vg_allocation_policy": _of_vg(lambda vg: vg.allocation_policy or "normal"),
     "vg_clustered": _of_vg(lambda vg: "CLUSTERED" in vg.status, False),
-    "vg_shared": _of_vg(lambda vg: vg.lock_type is not None, False),
+    "vg_shared": _of_vg(lambda vg: vg.needs_lockd, False),
     "vg_size": _of_vg(lambda vg: vg.extent_count * vg.extent_size, 0),
     "vg_free": _of_vg(lambda vg: vg.free_extents * vg.extent_size, 0),
     "vg_sysid": _of_vg(lambda vg: vg.system_id or ""),
     "vg_systemid": _of_vg(lambda vg: vg.system_id or ""),
-    "vg_lock_type": _of_vg(lambda vg: vg.lock_type or ""),
+    "vg_lock_type": _of_vg(lambda vg: (vg.lock_type or "") if vg.needs_lockd else ""),
     "vg_lock_args": _of_vg(lambda vg: str(vg.extra.get("lock_args", ""))),
     "vg_extent_size": _of_vg(lambda vg: vg.extent_size, 0),
     "vg_extent_count": _of_vg(lambda vg: vg.extent_count, 0),
