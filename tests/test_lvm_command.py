@@ -8,9 +8,11 @@ have to be the same, byte for byte; uuids and times excepted.
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from support.lvm import MDA, SECTOR, Disk
 from support.lvm_machine import Machine
 from support.lvm_replay import Replay, names, records
 
@@ -163,3 +165,48 @@ def test_the_lock_type_none_is_that_of_a_local_vg(machine):
     machine("lvcreate -l 1 -n other vg")
     with lvm.VolumeGroup.open(machine.devices, mapper=machine.mapper) as vg:
         assert vg.metadata.lock_type == "none"
+
+
+REAL_DUPLICATE = """\
+  PV         VG  Fmt  Attr PSize  PFree\x20
+  disk1.img  vg0 lvm2 a--  60.00m 56.00m
+  disk2.img  vg0 lvm2 d--      0      0\x20
+"""
+REAL_LOST = """\
+  PV         VG        Fmt  Attr PSize  PFree Used
+  disk1.img  [unknown] lvm2 u--  64.00m    0    0\x20
+  WARNING: wrong checksum 0 in mda header on disk1.img at 4096
+  WARNING: wrong magic number in mda header on disk1.img at 4096
+  WARNING: wrong version 0 in mda header on disk1.img at 4096
+  WARNING: wrong start sector 0 in mda header on disk1.img at 4096
+  WARNING: bad metadata header on disk1.img at 4096.
+  WARNING: scanning disk1.img mda1 failed to read metadata summary.
+  WARNING: repair VG metadata on disk1.img with vgck --updatemetadata.
+  WARNING: scan failed to get metadata summary from disk1.img PVID {}
+  WARNING: PV disk1.img is marked in use but no VG was found using it.
+  WARNING: PV disk1.img might need repairing.
+"""
+"""What LVM 2.03.16 prints."""
+
+
+@pytest.fixture
+def replay(tmp_path):
+    found = Replay(tmp_path, {"disk1.img": 64})
+    for line in ("vgcreate vg0 disk1.img", "lvcreate -y -l 1 -n a -an -Zn vg0"):
+        assert found.run(line.split())[2] == 0
+    yield found
+    found.close()
+
+
+def test_all_pvs_are_reported_with_the_duplicates(replay, tmp_path):
+    shutil.copy(tmp_path / "disk1.img", tmp_path / "disk2.img")
+    replay.devices = "disk1.img,disk2.img"
+    assert replay.run(["pvs", "-a"])[0] == REAL_DUPLICATE
+    assert replay.run(["pvs"])[0] == "".join(REAL_DUPLICATE.splitlines(keepends=True)[:2])
+
+
+def test_a_pv_whose_vg_is_lost_is_reported_without_room(replay, tmp_path):
+    disk = Disk(tmp_path / "disk1.img")
+    disk.write(MDA, bytes(SECTOR))
+    out, err, _ = replay.run(["pvs", "-o", "+pv_used"])
+    assert out + err == REAL_LOST.format(disk.read(SECTOR + 32, 32).decode())

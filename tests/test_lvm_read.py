@@ -319,11 +319,13 @@ def test_a_pv_without_a_vg_is_an_orphan(tmp_path):
 
 
 def header_warnings(disk: Disk, *first: str) -> list[str]:
+    pv_id = disk.read(SECTOR + 32, 32).decode()
     return [
         *(f"WARNING: {text} on {disk} at {MDA}" for text in first),
         f"WARNING: bad metadata header on {disk} at {MDA}.",
         f"WARNING: scanning {disk} mda1 failed to read metadata summary.",
         f"WARNING: repair VG metadata on {disk} with vgck --updatemetadata.",
+        f"WARNING: scan failed to get metadata summary from {disk} PVID {pv_id}",
     ]
 
 

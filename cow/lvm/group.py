@@ -64,6 +64,7 @@ class Scan:
         with lock_of(devices.mapper):  # a change is seen whole or not at all
             found = scan_devices(devices.items())
         self.pvs = found.devices
+        self.duplicates = found.duplicates
         self.without_label = found.without_label
         self.warnings = found.warnings
         self.unreadable = [vg for vg in found.vgs if vg.metadata is None]

@@ -149,6 +149,9 @@ def _read_mdas(owner: PVDevice, parsed: dict[bytes, Section], warn: Warn) -> lis
         if mda.bad:
             warn(f"WARNING: scanning {mda.where} mda{mda.number} failed to read metadata summary.")
             warn(f"WARNING: repair VG metadata on {mda.where} with vgck --updatemetadata.")
+    if owner.mdas and all(mda.bad & Bad.HEADER for mda in owner.mdas):
+        where = f"{owner.path} PVID {owner.label.pv_id}"
+        warn(f"WARNING: scan failed to get metadata summary from {where}")
     return copies
 
 

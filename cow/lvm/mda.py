@@ -128,7 +128,7 @@ class MetadataArea:
                 wrong.append((Bad.VERSION, f"wrong version {version} in mda header"))
             if start != self.start:
                 wrong.append((Bad.START, f"wrong start sector {start} in mda header"))
-            if size < HEADER_SIZE:
+            if size < HEADER_SIZE and not wrong:
                 wrong.append((Bad.HEADER, f"wrong size {size} in mda header"))
         for flag, text in wrong:
             self.bad |= flag | Bad.HEADER

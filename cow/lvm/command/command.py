@@ -281,7 +281,7 @@ class Command:
         for warning in scan.warnings:
             self.warn(warning)
         scan.without_label = [self._shown.get(path, path) for path in scan.without_label]
-        for each in scan.pvs:
+        for each in (*scan.pvs, *scan.duplicates):
             each.path = self._shown.get(each.path, each.path)
         for vg in scan.vgs:
             vg.report = self.report

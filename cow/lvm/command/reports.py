@@ -11,7 +11,7 @@ from cow.lvm.command.options import FAILED
 from cow.lvm.errors import LVMError
 from cow.lvm.group import VolumeGroup
 from cow.lvm.label_scan import PVDevice
-from cow.lvm.metadata import LogicalVolume
+from cow.lvm.metadata import LogicalVolume, VolumeGroupMetadata
 from cow.lvm.report.fields import (
     GROUPS,
     SELECTED,
@@ -279,6 +279,7 @@ def pv_list(command: Command, base: Row) -> Iterator[Row]:
     if not command.args:
         yield from everything
         if command.options.has("all"):
+            yield from _duplicates(command, base)
             yield from (Row(base.live, path=path) for path in scan.without_label)
         return
     tags = {name[1:] for name in names if name.startswith("@")}
@@ -294,8 +295,17 @@ def pv_list(command: Command, base: Row) -> Iterator[Row]:
             yield row
 
 
+def _duplicates(command: Command, base: Row) -> Iterator[Row]:
+    """Yield a row for each device with the PV of another; of its VG it has the name only."""
+    scan = command.scan()
+    for each in scan.duplicates:
+        found = (vg for vg in scan.vgs if vg.metadata.pv_with_id(each.label.pv_id))
+        names = [VolumeGroupMetadata(vg.name, vg.id, status=["READ"]) for vg in found]
+        yield Row(base.live, names[0] if names else None, device=each, duplicate=True)
+
+
 def all_pvs(command: Command, base: Row) -> Iterator[Row]:
-    """Yield a row for each PV: those of VGs, missing ones too, then orphans, unchosen duplicates.
+    """Yield a row for each PV: those of VGs, missing ones too, then orphans.
 
     VGs come as in Command.each_vg, and their PVs in the order of the metadata.
     """

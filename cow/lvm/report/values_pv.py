@@ -39,7 +39,8 @@ def device_sectors(row: Row) -> int:
 def pv_sectors(row: Row) -> int:
     """Return what a PV has for extents; of an orphan its size."""
     if row.pv is None or row.vg is None:
-        return sectors(row.device.label.device_size) if row.device is not None else 0
+        known = row.device is not None and not row.duplicate
+        return sectors(row.device.label.device_size) if row.device and known else 0
     return row.pv.pe_count * row.vg.extent_size
 
 
@@ -62,9 +63,9 @@ def used_extents(vg: VolumeGroupMetadata, pv: PhysicalVolume) -> int:
 
 
 def pv_free_sectors(row: Row) -> int:
-    """Return what is free on a PV; an orphan is all free."""
+    """Return what is free on a PV; an orphan is all free, unless a VG that is not there has it."""
     if row.pv is None or row.vg is None:
-        return pv_sectors(row)
+        return 0 if is_used(row) else pv_sectors(row)
     return (row.pv.pe_count - pv_used_extents(row)) * row.vg.extent_size
 
 
@@ -86,6 +87,16 @@ def pv_attributes(row: Row) -> str:
     return first + ("x" if exported else "-") + ("m" if pv is not None and pv.missing else "-")
 
 
+def _lacks_its_vg(row: Row) -> bool:
+    device = row.device if row.piece is None else None
+    return device is not None and device.claimed and not device.vg_name
+
+
+def _extension_version(row: Row) -> int | None:
+    known = row.device is not None and not row.duplicate
+    return row.device.label.extension_version if row.device and known else None
+
+
 def _mdas(row: Row) -> Sequence[MetadataArea]:
     if row.device is not None:
         return _readable(row.device.mdas)
@@ -105,7 +116,8 @@ def _free_sectors(mda: MetadataArea) -> int:
 def _pe_start(row: Row) -> int:
     if row.pv is not None:
         return row.pv.pe_start
-    areas = row.device.label.data_areas if row.device is not None else []
+    known = row.device is not None and not row.duplicate
+    areas = row.device.label.data_areas if row.device and known else []
     return sectors(areas[0].offset) if areas else 0
 
 
@@ -118,6 +130,8 @@ def _boot(row: Row) -> tuple[int, int]:
 
 def _number_of_device(row: Row, index: int) -> str:
     device = row.device.device if row.device is not None else None
+    if row.pv is not None and row.pv.missing:
+        return "0"
     return str(device.major_minor[index]) if isinstance(device, Image | Device) else "-1"
 
 
@@ -171,11 +185,11 @@ PV_VALUES: Final[dict[str, Values]] = {
     "pv_minor": lambda row: _number_of_device(row, 1),
     "pv_mda_free": lambda row: min(map(_free_sectors, _mdas(row)), default=0),
     "pv_mda_size": lambda row: min((sectors(mda.size) for mda in _mdas(row)), default=0),
-    "pv_ext_vsn": lambda row: row.device.label.extension_version if row.device else 0,
+    "pv_ext_vsn": _extension_version,
     "pe_start": _pe_start,
     "pv_size": pv_sectors,
     "pv_free": pv_free_sectors,
-    "pv_used": lambda row: pv_sectors(row) - pv_free_sectors(row),
+    "pv_used": lambda row: pv_used_extents(row) * row.vg.extent_size if row.vg else 0,
     "pv_attr": pv_attributes,
     "pv_allocatable": _of_pv(lambda pv: "ALLOCATABLE" in pv.status, False),
     "pv_exported": lambda row: row.vg is not None and "EXPORTED" in row.vg.status,
@@ -196,7 +210,7 @@ PV_VALUES: Final[dict[str, Values]] = {
 VG_VALUES: Final[dict[str, Values]] = {
     "vg_fmt": _of_vg(lambda vg: vg.format),
     "vg_uuid": _of_vg(lambda vg: dashed_id(vg.id)),
-    "vg_name": _of_vg(lambda vg: vg.name),
+    "vg_name": lambda row: row.vg.name if row.vg else "[unknown]" if _lacks_its_vg(row) else "",
     "vg_attr": _of_vg(vg_attributes),
     "vg_permissions": _of_vg(
         lambda vg: "writeable" if may_write(vg.status, vg.flags) else "read-only"
