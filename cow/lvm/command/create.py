@@ -18,6 +18,7 @@ from cow.lvm.group import VolumeGroup
 from cow.lvm.metadata import MAX_EXTENTS, LogicalVolume, PhysicalVolume, VolumeGroupMetadata
 from cow.lvm.names import check_lv_name
 from cow.lvm.size import Amount
+from cow.lvm.snapshot_record import find_origin
 from cow.mapper import MAJOR
 from cow.units import bytes_of
 
@@ -311,6 +312,7 @@ def _snapshot(
         raise LVMError("Please specify either size or extents with snapshots.")
     if held is not None and held.is_virtual_origin:
         raise LVMError("Can't share virtual origins. Use --virtualsize.")
+    held = find_origin(vg.metadata, origin)
     size = size_of(command, vg, given["ranges"], "%FREE, %ORIGIN, %PVS or %VG", held)
     chunk = command.options.get("chunksize", 8)
     return command.asking(
