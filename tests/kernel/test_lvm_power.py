@@ -46,6 +46,8 @@ class Found(NamedTuple):
     contents: dict[str, str]
     """The crc of each LV that users see, by dm name; a merge is shown as if it were done."""
     merging: bool
+    half_renamed: bool
+    """Whether the PVs disagree about the name of the VG."""
 
 
 def looked_at(path: Path) -> Found | None:
@@ -70,14 +72,39 @@ def looked_at(path: Path) -> Found | None:
             names = {lv.name if lv.visible else f"[{lv.name}]" for lv in vg.lvs(hidden=True)}
             merging = any(lv.merging_snapshot is not None for lv in vg.metadata.lvs)
             exported = "EXPORTED" in vg.metadata.status
-            return Found(vg.name, vg.metadata.seqno, exported, names, contents, merging)
+            texts = [mda.read_text() for pv in vg.pvs for mda in pv.mdas if mda.seqno]
+            half_renamed = len({text.split()[0] for text in texts}) > 1
+            return Found(
+                vg.name, vg.metadata.seqno, exported, names, contents, merging, half_renamed
+            )
 
 
-def check_state(kernel: Kernel, folder: Path, state: bytes) -> Found | None:
-    """Have the real lvm2 look at a state, activate it, read it, and mend it."""
+def finish_rename(path: Path, found: Found) -> Found:
+    """Have cow mend a VG whose PVs disagree about its name.
+
+    The real lvm2 believes the PV that it reads last, reports internal errors, and cannot mend it.
+    """
+    with cow.Mapper(durability="process") as dm:
+        plain.open_disk(dm, path)
+        with lvm.VolumeGroup.open(plain.NAMES, mapper=dm) as vg:
+            vg.update_metadata()
+    mended = looked_at(path)
+    assert mended == found._replace(seqno=found.seqno + 1, half_renamed=False)
+    return mended
+
+
+def check_state(kernel: Kernel, folder: Path, state: bytes) -> int | None:
+    """Have the real lvm2 look at a state, activate it, read it, and mend it.
+
+    Return the generation that was found, None if there was none.
+    """
     path = folder / "state.img"
     path.write_bytes(state)
     found = looked_at(path)
+    seqno = found.seqno if found is not None else None
+    if found is not None and found.half_renamed:
+        found = finish_rename(path, found)
+        state = path.read_bytes()
     images = {name: folder / f"{name}.img" for name in plain.NAMES}
     for number, image in enumerate(images.values()):
         image.write_bytes(state[number * PV_BYTES : (number + 1) * PV_BYTES])
@@ -109,7 +136,7 @@ def check_state(kernel: Kernel, folder: Path, state: bytes) -> Found | None:
     assert crcs == found.contents, where
     status, out, err = mended["out"]
     assert not complaints([(int(status), out, err)]), (where, mended)
-    return found
+    return seqno
 
 
 @pytest.fixture
@@ -146,8 +173,7 @@ def test_the_real_lvm2_finds_a_legal_generation_after_a_cut(judge, folder, seed,
     for mark, state in chosen(((m, s) for m, s in cuts.of(disk, entries) if m), seed):
         legal = [generations[n]["seqno"] for n in plain.legal_generations(mark)]
         found = check_state(judge.running(), folder, state)
-        assert found is not None
-        assert found.seqno in legal, (mark, found)
+        assert found in legal, mark
         count("disk states after a power cut in a change, given to the real lvm2")
 
 
