@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from suite.goals import GOALS, judge
 from suite.machine import ROOT, code_digest, describe
+from suite.memory import use_memory
 from suite.race import RaceTrack
 from suite.results import COW, Figures, Point, Result, Run, lines, races
 from suite.scale import MIB, SCALES, Scale
@@ -94,21 +95,7 @@ def images_folder(request: pytest.FixtureRequest, scale: Scale) -> Iterator[Path
     else:
         pytest.exit(f"the benchmarks need {space // MIB} MiB free in /dev/shm", 1)
     with scratch(place) as folder:
-        if scale is not SCALES["small"]:
-            use_free_memory(folder)
         yield folder
-
-
-def use_free_memory(folder: Path) -> None:
-    """Have all free memory in use once.
-
-    A virtual machine gets a page from its host when it touches it first: whoever of a race met such
-    pages would pay for them. What is not free has been in use.
-    """
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemFree"].split()[0]) * 1024
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, min(free, shutil.disk_usage(folder).free) * 9 // 10)
 
 
 class scratch:
@@ -170,10 +157,15 @@ def disk_images(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.fixture
-def race(benchmark, request: pytest.FixtureRequest, scale: Scale) -> RaceTrack:
+def race(benchmark, request: pytest.FixtureRequest, scale: Scale, images_folder) -> RaceTrack:
     results = request.config.stash[RESULTS]
-    rounds = scale.peer_rounds if PEERS in request.path.parents else scale.rounds
-    return RaceTrack(benchmark, request.module.SECTION, results, rounds)
+    if PEERS not in request.path.parents:
+        return RaceTrack(benchmark, request.module.SECTION, results, scale.rounds)
+
+    def before_each() -> None:
+        use_memory(images_folder, 2 * scale.file_size)
+
+    return RaceTrack(benchmark, request.module.SECTION, results, scale.peer_rounds, before_each)
 
 
 @pytest.fixture

@@ -55,13 +55,24 @@ def absent(name: str, reason: str, role: str = PEER) -> Entrant:
 
 
 class RaceTrack:
-    """Runs races and keeps their results; pytest-benchmark shows ours and the others too."""
+    """Runs races and keeps their results; pytest-benchmark shows ours and the others too.
 
-    def __init__(self, benchmark, section: str, results: list[Result], rounds: int) -> None:
+    `before_each` is done after each preparation, untimed.
+    """
+
+    def __init__(
+        self,
+        benchmark,
+        section: str,
+        results: list[Result],
+        rounds: int,
+        before_each: Work = nothing,
+    ) -> None:
         self.benchmark = benchmark
         self.section = section
         self.results = results
         self.rounds = rounds
+        self.before_each = before_each
 
     def __call__(
         self,
@@ -89,10 +100,12 @@ class RaceTrack:
             order.rotate(-1)
             for entrant in order:
                 entrant.prepare()
+                self.before_each()
                 start = time.perf_counter()
                 entrant.run()
                 laps[entrant.name].append(time.perf_counter() - start)
             ours.prepare()
+            self.before_each()
 
         benchmark = self.benchmark
         benchmark.group = what

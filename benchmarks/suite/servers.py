@@ -17,6 +17,7 @@ import cow
 from suite import fio
 from suite.baselines import make_file, stamp, store_size
 from suite.devices import CHUNK_SIZE, SECTOR
+from suite.memory import use_memory
 from suite.processes import Program, call, lacking
 from suite.results import COW, LIMIT, PEER, Figures
 from suite.scale import Scale
@@ -250,6 +251,8 @@ def compete(
     found = {job: {server.name: server.figures() for server in servers} for job in jobs}
 
     def run(job: fio.Job, server: Server) -> None:
+        if job.rw not in ("read", "randread") and not scale.sample:
+            use_memory(folder, 2 * job.area[1])  # a copy, and what is written, in whole clusters
         cost, cpu = server.run(job)
         found[job][server.name].costs.append(cost)
         found[job][server.name].cpu.append(cpu)
