@@ -287,6 +287,7 @@ cdef class Snapshot(TargetMap):
             port_read_lock(&self.s.origin.gate.lock)
             port_read_lock(&self.s.family.map)
             for i in range(old.shape[0]):
+                exception_prefetch(&self.s.store.exceptions, &old[i], old.shape[0] - i)
                 entry = exception_find(&self.s.store.exceptions, old[i])
                 new[i] = entry_chunk(entry) if entry_complete(entry) else <uint64_t>-1
             port_read_unlock(&self.s.family.map)
