@@ -124,6 +124,15 @@ def test_a_snapshot_without_an_origin_or_a_vg_is_refused(machine):
     assert "The origin name should include" in machine.refused("lvcreate -s -L 4m -n x", 3)
 
 
+@pytest.mark.parametrize("name", ["nosuch.img", "no\nsuch.img", "a:/no:such.img"])
+def test_a_pv_that_is_not_in_the_vg_gives_no_room(machine, name):
+    before = machine.mapper.names()
+    assert machine.run_words(["lvcreate", "-l", "2", "-n", "x", "vg", name]) == 5
+    said = machine.said.replace("\n  ", "\n")
+    assert f'Physical Volume "{name.removesuffix(":such.img")}" not found in' in said
+    assert machine.mapper.names() == before
+
+
 def test_thin_lvs_are_refused_and_told_from_sparse_ones(machine):
     assert "Thin LVs are not supported" in machine.refused("lvcreate -V 100m -n x vg", 3)
 

@@ -161,8 +161,8 @@ def pv_ranges(
 
 
 def _split_ranges(text: str) -> list[str]:
-    match = re.fullmatch(r"(.*?)((?::[0-9+-]*[^:/]*)*)", text)
-    assert match
+    match = re.fullmatch(r"(.*?)((?::[^:/]*)*)", text, re.DOTALL)
+    assert match, "the name may be all of it"
     return [match[1], *match[2].split(":")[1:]]
 
 
