@@ -93,14 +93,16 @@ cdef inline uint64_t exception_find(exception_table *e, uint64_t chunk) noexcept
     return port_load64(exception_slot(e, chunk))
 
 
-cdef inline void exception_prefetch(
-    exception_table *e, const uint64_t *chunks, uint64_t count
-) noexcept nogil:
-    """Ask for what later ones of `count` lookups need: first where the leaf is, then the leaf."""
-    if count > 2 * LOOKUPS_AHEAD and chunks[2 * LOOKUPS_AHEAD] < e.nr_chunks:
-        port_prefetch(&e.directory[chunks[2 * LOOKUPS_AHEAD] >> LEAF_SHIFT])
-    if count > LOOKUPS_AHEAD and chunks[LOOKUPS_AHEAD] < e.nr_chunks:
-        port_prefetch(exception_slot(e, chunks[LOOKUPS_AHEAD]))
+cdef inline void exception_prefetch_leaf(exception_table *e, uint64_t chunk) noexcept nogil:
+    """Fetch where the leaf of `chunk` is: what exception_prefetch needs."""
+    if chunk < e.nr_chunks:
+        port_prefetch(&e.directory[chunk >> LEAF_SHIFT])
+
+
+cdef inline void exception_prefetch(exception_table *e, uint64_t chunk) noexcept nogil:
+    """Fetch the entry of `chunk`."""
+    if chunk < e.nr_chunks:
+        port_prefetch(exception_slot(e, chunk))
 
 
 cdef inline bint entry_complete(uint64_t entry) noexcept nogil:

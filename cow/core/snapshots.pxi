@@ -281,14 +281,18 @@ cdef class Snapshot(TargetMap):
         cdef const uint64_t[::1] old = numpy.ascontiguousarray(chunks, dtype=numpy.uint64)
         result = numpy.empty(old.shape[0], dtype=numpy.uint64)
         cdef uint64_t[::1] new = result
+        cdef exception_table *e = &self.s.store.exceptions
         cdef uint64_t entry
         cdef Py_ssize_t i
         with nogil:
             port_read_lock(&self.s.origin.gate.lock)
             port_read_lock(&self.s.family.map)
             for i in range(old.shape[0]):
-                exception_prefetch(&self.s.store.exceptions, &old[i], old.shape[0] - i)
-                entry = exception_find(&self.s.store.exceptions, old[i])
+                if i + 2 * LOOKUPS_AHEAD < old.shape[0]:
+                    exception_prefetch_leaf(e, old[i + 2 * LOOKUPS_AHEAD])
+                if i + LOOKUPS_AHEAD < old.shape[0]:
+                    exception_prefetch(e, old[i + LOOKUPS_AHEAD])
+                entry = exception_find(e, old[i])
                 new[i] = entry_chunk(entry) if entry_complete(entry) else <uint64_t>-1
             port_read_unlock(&self.s.family.map)
             port_read_unlock(&self.s.origin.gate.lock)

@@ -127,8 +127,8 @@ cdef int store_load(store *st, load_fault *fault) noexcept nogil:
             if rc:
                 break
             for i in range(n):
-                if i + 24 < n and window[i + 24].old_chunk < st.exceptions.nr_chunks:
-                    port_prefetch(exception_slot(&st.exceptions, window[i + 24].old_chunk))
+                if i + LOOKUPS_AHEAD < n:
+                    exception_prefetch(&st.exceptions, window[i + LOOKUPS_AHEAD].old_chunk)
                 if window[i].new_chunk == 0:
                     ended = True
                     index = first + i

@@ -124,9 +124,9 @@ cdef enum:
 # Entries of the exception table: store chunk + 1, and flags; 0 is "no exception".
 cdef enum:
     LEAF_SHIFT = 6                  # 64 entries a leaf
-    LOOKUPS_AHEAD = 16              # so far ahead a leaf is fetched, and its place twice as far
     LEAF_MASK = 63
     SMALL_LEAVES = 1 << 22          # bytes of leaves kept in small pages
+    LOOKUPS_AHEAD = 24              # so far ahead an entry is fetched, and its place twice as far
 cdef extern from *:
     """
     #define ENTRY_PENDING (1ull << 63)   /* reserved and copied, not yet committed: not followed */
