@@ -161,9 +161,9 @@ def pv_ranges(
 
 
 def _split_ranges(text: str) -> list[str]:
-    match = re.fullmatch(r"(.*?)((?::[^:/]*)*)", text, re.DOTALL)
-    assert match, "the name may be all of it"
-    return [match[1], *match[2].split(":")[1:]]
+    folder, slash, last = text.rpartition("/")
+    name, *ranges = last.split(":")
+    return [folder + slash + name, *ranges]
 
 
 def _range(pv: PhysicalVolume, text: str) -> PVRange:
@@ -312,8 +312,8 @@ def _snapshot(
         raise LVMError("Please specify either size or extents with snapshots.")
     if held is not None and held.is_virtual_origin:
         raise LVMError("Can't share virtual origins. Use --virtualsize.")
-    held = find_origin(vg.metadata, origin)
-    size = size_of(command, vg, given["ranges"], "%FREE, %ORIGIN, %PVS or %VG", held)
+    found = find_origin(vg.metadata, origin)
+    size = size_of(command, vg, given["ranges"], "%FREE, %ORIGIN, %PVS or %VG", found)
     chunk = command.options.get("chunksize", 8)
     return command.asking(
         partial(vg.create_snapshot, origin, name, chunk_size=chunk, **size, **given)
