@@ -163,7 +163,8 @@ def race(benchmark, request: pytest.FixtureRequest, scale: Scale, images_folder)
         return RaceTrack(benchmark, request.module.SECTION, results, scale.rounds)
 
     def before_each() -> None:
-        use_memory(images_folder, 2 * scale.file_size)
+        if not scale.sample:
+            use_memory(images_folder, 2 * scale.file_size)
 
     return RaceTrack(benchmark, request.module.SECTION, results, scale.peer_rounds, before_each)
 

@@ -1,7 +1,7 @@
 """Memory that has been in use: what a race writes to must cost all who take part the same.
 
-A virtual machine gives free memory back to its host and gets it again, page by page, when it is
-touched: a page may cost ten times as much then, and whoever comes first pays for it.
+A virtual machine may give free memory back to its host and get it again, page by page, when it is
+touched: a page can cost ten times as much then, and whoever comes first pays for it.
 """
 
 from __future__ import annotations
