@@ -410,6 +410,19 @@ def test_an_exception_is_looked_up_in_a_batch(rig):
     assert found.tolist() == [2**64 - 1, 2, 2**64 - 1]
 
 
+def test_a_long_batch_of_lookups_has_what_was_written_and_nothing_beyond_the_end(rig, seed):
+    dice = random.Random(seed)
+    snap = rig.snap("snap", "P 8")
+    size = snap.size // (8 * SECTOR)
+    written = dice.sample(range(size), size // 2)
+    for chunk in written:
+        rig.write("base", chunk * 8, 8)
+    places = {chunk: 2 + number for number, chunk in enumerate(written)}
+    asked = [dice.choice([dice.randrange(size), size, 2**40, 2**63]) for _ in range(1000)]
+    found = snap.live.targets[0].map.lookup_many(asked)
+    assert found.tolist() == [places.get(chunk, 2**64 - 1) for chunk in asked]
+
+
 def test_a_chunk_the_origin_does_not_have_has_no_exception(rig):
     snap = rig.snap("snap", "P 8")
     assert snap.live.targets[0].map.lookup_many([1 << 40]).tolist() == [2**64 - 1]
@@ -750,16 +763,3 @@ def test_repair_goes_on_after_a_write_that_was_cut_short(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: whole(file, data[:1000], at))
     assert cow.store.repair(path, tmp_path / "new.cow").kept == 3
     assert (tmp_path / "new.cow").read_bytes() == store
-
-
-def test_a_long_batch_of_lookups_has_what_was_written_and_nothing_beyond_the_end(rig, seed):
-    dice = random.Random(seed)
-    snap = rig.snap("snap", "P 8")
-    size = snap.size // (8 * SECTOR)
-    written = dice.sample(range(size), size // 2)
-    for chunk in written:
-        rig.write("base", chunk * 8, 8)
-    places = {chunk: 2 + number for number, chunk in enumerate(written)}
-    asked = [dice.choice([dice.randrange(size), size, 2**40, 2**63]) for _ in range(1000)]
-    found = snap.live.targets[0].map.lookup_many(asked)
-    assert found.tolist() == [places.get(chunk, 2**64 - 1) for chunk in asked]

@@ -127,8 +127,7 @@ def test_a_snapshot_without_an_origin_or_a_vg_is_refused(machine):
 @pytest.mark.parametrize("name", ["nosuch.img", "no\nsuch.img", "a:/no:such.img"])
 def test_a_pv_that_is_not_in_the_vg_gives_no_room(machine, name):
     before = machine.mapper.names()
-    assert machine.run_words(["lvcreate", "-l", "2", "-n", "x", "vg", name]) == 5
-    said = machine.said.replace("\n  ", "\n")
+    said = machine.refused(f"lvcreate -l 2 -n x vg {shlex.quote(name)}").replace("\n  ", "\n")
     assert f'Physical Volume "{name.removesuffix(":such.img")}" not found in' in said
     assert machine.mapper.names() == before
 

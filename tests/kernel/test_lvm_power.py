@@ -93,17 +93,13 @@ def finish_rename(path: Path, found: Found) -> Found:
     return mended
 
 
-def check_state(kernel: Kernel, folder: Path, state: bytes) -> int | None:
-    """Have the real lvm2 look at a state, activate it, read it, and mend it.
-
-    Return the generation that was found, None if there was none.
-    """
+def check_state(kernel: Kernel, folder: Path, state: bytes) -> Found | None:
+    """Have the real lvm2 look at a state, activate it, read it, and mend it."""
     path = folder / "state.img"
     path.write_bytes(state)
-    found = looked_at(path)
-    seqno = found.seqno if found is not None else None
-    if found is not None and found.half_renamed:
-        found = finish_rename(path, found)
+    first = found = looked_at(path)
+    if first is not None and first.half_renamed:
+        found = finish_rename(path, first)
         state = path.read_bytes()
     images = {name: folder / f"{name}.img" for name in plain.NAMES}
     for number, image in enumerate(images.values()):
@@ -136,7 +132,7 @@ def check_state(kernel: Kernel, folder: Path, state: bytes) -> int | None:
     assert crcs == found.contents, where
     status, out, err = mended["out"]
     assert not complaints([(int(status), out, err)]), (where, mended)
-    return seqno
+    return first
 
 
 @pytest.fixture
@@ -173,7 +169,8 @@ def test_the_real_lvm2_finds_a_legal_generation_after_a_cut(judge, folder, seed,
     for mark, state in chosen(((m, s) for m, s in cuts.of(disk, entries) if m), seed):
         legal = [generations[n]["seqno"] for n in plain.legal_generations(mark)]
         found = check_state(judge.running(), folder, state)
-        assert found in legal, mark
+        assert found is not None
+        assert found.seqno in legal, (mark, found)
         count("disk states after a power cut in a change, given to the real lvm2")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from cow.lvm import VolumeGroup
@@ -32,7 +33,7 @@ class Machine:
 
     def run(self, line: str) -> int:
         """Run a command line and return its exit code; `said` is what it printed."""
-        return self.run_words(line.split())
+        return self.run_words(shlex.split(line))
 
     def run_words(self, words: list[str]) -> int:
         """The same for words with blanks in them."""
